@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contracts import progress
-from contracts.job import JobError, RLTrainingJob, load_job
+from contracts.job import JobError, load_job
 from contracts.stage import StageError, read_record
 from pipelines import reaper
 from pipelines.display import Display
@@ -295,7 +295,8 @@ def _summary(run: Run, seconds: float) -> None:
     if outcome := result.get("rollout"):
         table.add_row("rollout", f"{outcome['verdict'].replace('_', ' ')}: {outcome['reason']}")
         table.add_row(
-            "requests", f"{outcome['requests']:,}, {outcome['failed_requests']} failed, {outcome['fallbacks']} fallbacks"
+            "requests",
+            f"{outcome['requests']:,}, {outcome['failed_requests']} failed, {outcome['fallbacks']} fallbacks",
         )
     table.add_row("report", str(run.directory / "report.html"))
     console.print(table, highlight=False)

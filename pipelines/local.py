@@ -139,7 +139,9 @@ def train_and_evaluate(run: Run, display: Display) -> None:
         ERROR_FILE_VARIABLE: str(error_file.absolute()),
         progress.VARIABLE: "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     output = _Output(run.directory / "logs", display)
     with _environment(environment), _quiet_kfp(output), contextlib.redirect_stdout(output):
@@ -191,12 +193,20 @@ def rollout(run: Run, display: Display) -> None:
     from simulation.traffic import Traffic
 
     spec = run.job.spec
+    directory = run.path("rollout")
+    canary = spec.deploy.canary
+    exported = run.record("export")
+    assert exported is not None
+    settings = {"policy": exported["digest"], "seed": spec.seed, "canary": canary.model_dump(by_alias=True)}
+    record = run.record("rollout")
+    if record and record["settings"] == settings:
+        run.result["rollout"] = {k: v for k, v in record.items() if k not in ("stage", "status", "seconds", "settings")}
+        display.finish("rollout", record["seconds"], cached=True)
+        return
     display.start("rollout", "starting Triton and Prometheus")
     started = time.time()
-    directory = run.path("rollout")
     shutil.rmtree(directory, ignore_errors=True)
     stable = export_stable(run)
-    canary = spec.deploy.canary
     salt = f"{run.job.metadata.name}-{spec.seed}"
     candidate = run.path("export") / "model_repository"
     with serve(directory, stable, candidate, canary, salt) as endpoints:
@@ -214,12 +224,16 @@ def rollout(run: Run, display: Display) -> None:
             while traffic.counts["requests"] < before + 100 and time.monotonic() < deadline:
                 time.sleep(0.2)
         outcome |= {name: traffic.counts[name] for name in ("requests", "failed_requests", "fallbacks", "episodes")}
+        outcome["last_error"] = traffic.last_error
         outcome["requests_after_verdict"] = traffic.counts["requests"] - before
     seconds = round(time.time() - started, 2)
     (directory / RECORD).write_text(
-        json.dumps({"stage": "rollout", "status": "succeeded", "seconds": seconds} | outcome, indent=2)
+        json.dumps(
+            {"stage": "rollout", "status": "succeeded", "seconds": seconds, "settings": settings} | outcome, indent=2
+        )
     )
     run.result["rollout"] = outcome
+    run.result["stages"]["rollout"] = {"status": "succeeded", "seconds": seconds}
     display.finish("rollout", seconds, text=outcome["verdict"].replace("_", " "))
 
 

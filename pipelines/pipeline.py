@@ -73,9 +73,7 @@ def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callabl
         trained = training(
             job=training_job, version=version, training_data=joined.output, normalization=normalized.output
         )
-        evaluated = evaluation(
-            job=evaluation_job, version=version, training_data=joined.output, policy=trained.output
-        )
+        evaluated = evaluation(job=evaluation_job, version=version, training_data=joined.output, policy=trained.output)
         exported = export(job=export_job, version=version, training_data=joined.output, policy=trained.output)
         return Outputs(
             timeline=transitions.output,

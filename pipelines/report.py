@@ -11,13 +11,13 @@ import matplotlib
 
 matplotlib.use("svg")
 
-import jinja2  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import jinja2
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-from components.evaluation.evaluate import REWARD  # noqa: E402
-from components.normalization.spec import NormalizationSpec  # noqa: E402
-from contracts.job import ESTIMATORS, RLTrainingJob  # noqa: E402
+from components.evaluation.evaluate import REWARD
+from components.normalization.spec import NormalizationSpec
+from contracts.job import ESTIMATORS, RLTrainingJob
 
 TITLES = {
     "stepwise_importance_sampling": "Step-wise importance sampling",
@@ -104,6 +104,10 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
     axis.plot(epochs, [p[value] for _, p in known], color=colour, marker="o", markersize=3)
     if prefix:
         axis.axhline(1.0, color="#888", linewidth=0.8, linestyle="--")
+        # A policy that changes nothing should look flat, not like noise magnified.
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.9), max(high, 1.1))
+    axis.ticklabel_format(axis="y", useOffset=False)
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -87,8 +87,7 @@ def _write_model(directory: Path, config: str, parameters: dict[str, str]) -> No
         for k, v in parameters.items()
     )
     (directory / "config.pbtxt").write_text(
-        f'name: "{directory.name}"\nbackend: "python"\n{config}'
-        f"instance_group [ {{ count: 1 kind: KIND_CPU }} ]\n{text}"
+        f'name: "{directory.name}"\nbackend: "python"\n{config}instance_group [ {{ count: 1 kind: KIND_CPU }} ]\n{text}'
     )
 
 

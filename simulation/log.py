@@ -28,7 +28,9 @@ def write_log(spec: JobSpec, output: str | Path) -> None:
         played = play(behaviour_policy(simulation.behaviour_policy), simulation.episodes, spec.seed)
         n = len(played.action)
         start = np.datetime64(START.replace(tzinfo=None), "us")
-        offset = played.episode * int(timedelta(minutes=1) / timedelta(microseconds=1)) + played.step * STEP_MICROSECONDS
+        offset = (
+            played.episode * int(timedelta(minutes=1) / timedelta(microseconds=1)) + played.step * STEP_MICROSECONDS
+        )
         table = pa.table(
             {
                 "mdp_id": [f"episode-{e:06d}" for e in played.episode],

@@ -21,6 +21,7 @@ class Traffic:
     clients: int = 4
     episodes: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    last_error: str | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -65,8 +66,9 @@ class Traffic:
             if over:
                 client.report(mdp_id, metrics, ended=True, truncated=truncated and not terminated)
                 counts["episodes"] += 1
-        except ServiceError:
+        except ServiceError as error:
             counts["failed_requests"] += 1
+            self.last_error = str(error)
             self._stop.wait(0.05)
         with self._lock:
             self.counts += counts

@@ -16,7 +16,7 @@ FRESH = 1_000_000
 
 
 def true_returns(spec: JobSpec, version: Path) -> dict[str, Any]:
-    """Mean return with its standard error of the exported policy in `version` and of the behaviour policy."""
+    """Mean return with its standard error, and mean discounted return, of the exported policy in `version` and of the behaviour policy."""
     assert spec.simulation is not None
     behaviour = behaviour_policy(spec.simulation.behaviour_policy)
     return {"policy": _returns(exported_policy(version), spec), "behaviour": _returns(behaviour, spec)}
@@ -24,9 +24,12 @@ def true_returns(spec: JobSpec, version: Path) -> dict[str, Any]:
 
 def _returns(policy: Policy, spec: JobSpec) -> dict[str, Any]:
     assert spec.simulation is not None
-    returns = play(policy, spec.simulation.truth_episodes, spec.seed + FRESH).returns
+    played = play(policy, spec.simulation.truth_episodes, spec.seed + FRESH)
+    returns = played.returns
+    discounted = np.bincount(played.episode, spec.reward.discount**played.step)
     return {
         "value": float(returns.mean()),
         "standard_error": float(returns.std(ddof=1) / np.sqrt(len(returns))),
+        "discounted": float(discounted.mean()),
         "episodes": len(returns),
     }

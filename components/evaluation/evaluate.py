@@ -61,7 +61,7 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
 
 def judge(gate: Gate, final: dict[str, Any]) -> dict[str, Any]:
     """The gate's verdict: pass, fail, inconclusive (the estimate cannot be had) or disabled; with the reason."""
-    asked = f"{gate.estimator} of {gate.metric}"
+    asked = f"{gate.estimator.replace('_', ' ')} estimate of {gate.metric}"
     if not gate.enabled:
         return {"verdict": "disabled", "reason": "the gate is switched off in the job"}
     estimates = final[gate.estimator]
@@ -104,8 +104,7 @@ class _Evaluator:
         self.modelled = model.predict(held_out.state) @ self.mix
         steps = [cpe.logged_per_step(self.metrics[:, m], self.mdp, self.counts) for m in range(len(self.names))]
         totals = [
-            cpe.logged_per_mdp(self.metrics[:, m], self.discount, self.mdp, self.counts)
-            for m in range(len(self.names))
+            cpe.logged_per_mdp(self.metrics[:, m], self.discount, self.mdp, self.counts) for m in range(len(self.names))
         ]
         self.logged_samples = {"stepwise": steps, "sequential": totals}
         self.logged = {

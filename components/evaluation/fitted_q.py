@@ -53,7 +53,8 @@ class FittedQ:
                     value = (self.target(self.state[following]) * probabilities[following].unsqueeze(2)).sum(1)
                 wanted = wanted + self.discount * self.continues[rows] * value
             q = self.network(self.state[rows])[torch.arange(BATCH), self.action[rows]]
-            loss = nn.functional.smooth_l1_loss(q, wanted)
+            # Squared, not Huber's, whose minimum is not the mean: a rare event would be estimated as none.
+            loss = nn.functional.mse_loss(q, wanted)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

@@ -44,9 +44,9 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
         report(0, 3, f"{len(names)} features")
         source = directory / "source"
-        transitions.select(
-            "mdp_id", "event_time", *[F.col("state_features")[n].alias(n) for n in names]
-        ).write.parquet(str(source))
+        transitions.select("mdp_id", "event_time", *[F.col("state_features")[n].alias(n) for n in names]).write.parquet(
+            str(source)
+        )
         repository = directory / "repository"
         store, service = open_feature_store(spec, repository, source, names)
         report(1, 3, "joining point in time")
@@ -67,7 +67,9 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
         missing = written.agg(*[F.avg(F.col(PREFIX + n).isNull().cast("int")).alias(n) for n in names]).collect()[0]
         rows, expected = written.count(), transitions.count()
         if rows != expected:
-            raise StageError(f"features: {expected} transitions in, {rows} out; two decisions share a key and an instant")
+            raise StageError(
+                f"features: {expected} transitions in, {rows} out; two decisions share a key and an instant"
+            )
         facts |= {"rows": rows, "features": names, "missing_fraction": {n: round(missing[n], 6) for n in names}}
         report(3, 3, f"{rows:,} rows")
 

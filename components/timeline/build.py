@@ -70,9 +70,7 @@ def read_log(spark: SparkSession, path: str) -> DataFrame:
         if required not in log.columns:
             raise StageError(f"data.decisionLog {path}: column {required} is missing; found {', '.join(log.columns)}")
     typed = spark.createDataFrame([], spark_ddl(SCHEMA)).schema
-    columns = [
-        (F.col(f.name) if f.name in log.columns else F.lit(None)).cast(f.dataType).alias(f.name) for f in typed
-    ]
+    columns = [(F.col(f.name) if f.name in log.columns else F.lit(None)).cast(f.dataType).alias(f.name) for f in typed]
     return log.select(*columns, F.lit(None).cast("string").alias(CORRUPT))
 
 
@@ -87,7 +85,9 @@ def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> DataFrame:
         F.last("value").alias("value"), F.max("truncated").alias("truncated")
     )
     reported = per_metric.groupBy("mdp_id", "sequence_number").agg(
-        F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias("_metrics"),
+        F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias(
+            "_metrics"
+        ),
         F.max("truncated").alias("_truncated"),
     )
     joined = log.join(reported, ["mdp_id", "sequence_number"], "left")
@@ -132,7 +132,9 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
     for column in ("time_diff", "next_action", "possible_next_actions"):
         followed = followed.withColumn(column, F.when(~F.col("truncated"), F.col(column)))
     # Spark sums a frame of preceding rows in linear time, of following rows in quadratic time: go backwards.
-    from_here = Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number")).rowsBetween(Window.unboundedPreceding, 0)
+    from_here = (
+        Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number")).rowsBetween(Window.unboundedPreceding, 0)
+    )
     names = sorted(r[0] for r in good.select(F.explode(F.map_keys("metrics"))).distinct().collect())
     factor = F.pow(F.lit(spec.reward.discount or 1.0), F.col("ordinal"))
     returns = []
@@ -160,7 +162,9 @@ def describe(transitions: DataFrame) -> dict[str, Any]:
 
 
 def _too_many(rejected: DataFrame, facts: dict[str, Any], spec: JobSpec, path: str) -> str:
-    examples = {r[REASON]: r["mdp_id"] for r in rejected.groupBy(REASON).agg(F.first("mdp_id").alias("mdp_id")).collect()}
+    examples = {
+        r[REASON]: r["mdp_id"] for r in rejected.groupBy(REASON).agg(F.first("mdp_id").alias("mdp_id")).collect()
+    }
     table = "\n".join(
         f"  {reason:28} {count:>10,}  e.g. mdp_id {examples.get(reason)}" for reason, count in facts["reasons"].items()
     )

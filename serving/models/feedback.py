@@ -13,8 +13,8 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         self.log = os.open(parameters["outcomes"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         family = triton.MetricFamily
-        ended = family("bluewhale_mdps_ended_total", "MDPs whose end was reported", family.COUNTER)
-        self.ended = ended.Metric(labels={})
+        self.family = family("bluewhale_mdps_ended_total", "MDPs whose end was reported", family.COUNTER)
+        self.ended = self.family.Metric(labels={})
 
     def finalize(self):
         os.close(self.log)

@@ -32,13 +32,16 @@ class TritonPythonModel:
         self.pool = ThreadPoolExecutor(MOST_IN_FLIGHT + 2)
         self.in_flight = []
         family = triton.MetricFamily
-        decisions = family("bluewhale_decisions_total", "Decisions by arm and what came of the arm's call", family.COUNTER)
+        decisions = family(
+            "bluewhale_decisions_total", "Decisions by arm and what came of the arm's call", family.COUNTER
+        )
         # Every series starts at zero, or Prometheus would miss its first increments.
         self.decisions = {(a, r): decisions.Metric(labels={"arm": a, "result": r}) for a in ARMS for r in RESULTS}
         seconds = family("bluewhale_decision_seconds", "Time of an arm's call", family.HISTOGRAM)
         self.seconds = {a: seconds.Metric(labels={"arm": a}, buckets=BUCKETS) for a in ARMS}
         weight = family("bluewhale_candidate_weight", "Share of MDPs that the candidate answers", family.GAUGE)
         self.weight = weight.Metric(labels={})
+        self.families = decisions, seconds, weight  # a metric dies with its family
 
     def finalize(self):
         os.close(self.log)
@@ -160,7 +163,7 @@ class TritonPythonModel:
             }
 
     def write_log(self, rows):
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         lines = []
         for row in rows:
             decision = {

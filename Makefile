@@ -1,0 +1,60 @@
+# `make help` lists the targets. Every target installs what it needs first; nothing is installed twice.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TRITON := .triton
+JOB ?= manifests/examples/cartpole.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint format lock clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed $(TRITON)/.installed .make/system ## Set up .venv and .triton, and what is missing from apt
+
+run: install ## Set up, then run the example job (or JOB=path/to/job.yaml)
+	$(BIN)/bluewhale run $(JOB)
+
+test: install ## Set up, then run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.installed ## Write constraints.txt from what is installed
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## Remove runs, environments and caches
+	rm -rf $(VENV) $(TRITON) .make runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Java for Spark, Prometheus for the canary.
+.make/system: scripts/system-packages.sh
+	@bash scripts/system-packages.sh
+	@mkdir -p .make && touch $@
+
+# torch comes first and by its exact version, so that no other requirement pulls in another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "BlueWhale needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The Triton server itself comes in the wheel of pytriton. The wheel wants numpy 1, and Triton's Python backend is built
+# against it: so neither goes into .venv, and the models that Triton runs get a small environment of their own.
+$(TRITON)/.installed: serving/requirements-triton.txt | $(VENV)/.installed
+	rm -rf $(TRITON)/server $(TRITON)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON)/server nvidia-pytriton==0.7.0
+	$(PYTHON) -m venv $(TRITON)/python
+	$(TRITON)/python/bin/pip install --quiet --disable-pip-version-check --requirement serving/requirements-triton.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Policy bundles + held-out transitions -> counterfactual estimates and a gate's verdict."""

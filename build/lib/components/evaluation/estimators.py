@@ -1,0 +1,111 @@
+"""Counterfactual estimates of a policy's value from logged MDPs, each with its bootstrap samples.
+
+Every function takes per-row arrays over N logged decisions of n MDPs and `counts`, int [B, n]: how often each of B
+bootstrap replicates drew each MDP, the first replicate being the log itself. It returns float64 [B].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def bootstrap_counts(mdps: int, samples: int, seed: int) -> np.ndarray:
+    """int64 [samples + 1, mdps]: the log itself, then resamples of whole MDPs with replacement (Efron 1979)."""
+    drawn = np.random.default_rng(seed).multinomial(mdps, np.full(mdps, 1 / mdps), size=samples)
+    return np.concatenate([np.ones((1, mdps), np.int64), drawn])
+
+
+def _mean_over_steps(values: np.ndarray, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    n = counts.shape[1]
+    totals = np.bincount(mdp, values, minlength=n)
+    lengths = np.bincount(mdp, minlength=n)
+    return np.asarray((counts @ totals) / (counts @ lengths))
+
+
+def logged_per_step(metric: np.ndarray, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The metric's mean per decision, as logged. `metric` [N], `mdp` int [N]."""
+    return _mean_over_steps(metric, mdp, counts)
+
+
+def stepwise_importance_sampling(
+    metric: np.ndarray, weight: np.ndarray, mdp: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Mean of weight * metric per decision (Horvitz and Thompson 1952); `weight` [N] = target / logged propensity."""
+    return _mean_over_steps(weight * metric, mdp, counts)
+
+
+def stepwise_direct_method(modelled: np.ndarray, target: np.ndarray, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean of the modelled metric under the target policy; `modelled`, `target` [N, A]."""
+    return _mean_over_steps((modelled * target).sum(1), mdp, counts)
+
+
+def stepwise_doubly_robust(
+    metric: np.ndarray,
+    weight: np.ndarray,
+    modelled: np.ndarray,
+    target: np.ndarray,
+    action: np.ndarray,
+    mdp: np.ndarray,
+    counts: np.ndarray,
+) -> np.ndarray:
+    """The direct method, corrected by the weighted error of its model (Dudik et al. 2011, arXiv 1103.4601, eq. 1)."""
+    error = metric - modelled[np.arange(len(action)), action]
+    return _mean_over_steps((modelled * target).sum(1) + weight * error, mdp, counts)
+
+
+def logged_per_mdp(metric: np.ndarray, discount: float, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The metric's mean discounted sum per MDP, as logged."""
+    totals = np.bincount(mdp, metric * discount ** step_in_mdp(mdp), minlength=counts.shape[1])
+    return np.asarray(counts @ totals / counts.sum(1))
+
+
+def weighted_sequential_doubly_robust(
+    metric: np.ndarray,
+    weight: np.ndarray,
+    q: np.ndarray,
+    target: np.ndarray,
+    action: np.ndarray,
+    discount: float,
+    mdp: np.ndarray,
+    counts: np.ndarray,
+) -> np.ndarray:
+    """Mean discounted sum per MDP (Thomas and Brunskill 2016, arXiv 1604.00923, equation of WDR in section 5).
+
+    `q` [N, A] models the target policy's action values. The cumulative weights of a step are normalized over all MDPs
+    of the replicate. An MDP that has ended stays in that sum with its last weight, as if in an absorbing state:
+    leaving it out, or counting it with weight one, would estimate the value of the MDPs that happened to last.
+    """
+    n, rows = counts.shape[1], np.arange(len(action))
+    step = step_in_mdp(mdp)
+    horizon = int(step.max()) + 1
+    with np.errstate(divide="ignore"):
+        log_weight = np.full((n, horizon), np.nan)
+        log_weight[mdp, step] = np.log(weight)
+    # An MDP that has ended keeps its weight: the ratio of every further step is one.
+    cumulative = np.cumsum(np.where(np.isnan(log_weight), 0.0, log_weight), axis=1)
+    # Only ratios within a step matter, so scale each step's largest weight to one and nothing overflows.
+    top = cumulative.max(0)
+    rho = np.exp(cumulative - np.where(np.isfinite(top), top, 0.0))
+    before = np.concatenate([np.ones((n, 1)), rho[:, :-1]], axis=1)
+    factor = discount**step
+    gain, value = np.zeros((n, horizon)), np.zeros((n, horizon))
+    gain[mdp, step] = factor * (metric - q[rows, action])
+    value[mdp, step] = factor * (q * target).sum(1)
+    return _self_normalized(rho, gain, counts) + _self_normalized(before, value, counts)
+
+
+def _self_normalized(rho: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    weights, sums = counts @ rho, counts @ (rho * values)
+    return np.asarray(np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0).sum(1))
+
+
+def step_in_mdp(mdp: np.ndarray) -> np.ndarray:
+    """0-based place of each row in its MDP; the rows of an MDP stand together, in order."""
+    starts = np.flatnonzero(np.diff(mdp, prepend=mdp[0] - 1))
+    lengths = np.diff(np.append(starts, len(mdp)))
+    return np.asarray(np.arange(len(mdp)) - np.repeat(starts, lengths))
+
+
+def effective_sample_size(weight: np.ndarray) -> float:
+    """Kish's (sum w)^2 / sum w^2: how many unweighted decisions the weighted ones are worth."""
+    return float(weight.sum() ** 2 / np.square(weight).sum()) if weight.any() else 0.0

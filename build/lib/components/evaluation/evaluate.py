@@ -1,0 +1,190 @@
+"""Counterfactual policy evaluation of every epoch's policy, for every metric, and the gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from components.evaluation import estimators as cpe
+from components.evaluation.fitted_q import FittedQ
+from components.training.bundle import Bundle, read_bundle
+from components.transitions import Transitions, load_transitions
+from contracts.job import ESTIMATORS, Gate, JobSpec
+from contracts.progress import report
+from contracts.stage import StageError, read_record, stage
+
+REWARD = "reward"
+"""The weighted sum of the metrics, reported beside them under this name unless a metric has it."""
+
+
+def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
+    """Write `report.json`: per epoch, estimator and metric {value, low, high, relative, relative_low, relative_high}.
+
+    Models of the values are fitted to the training MDPs, estimates are made on the held-out ones, and intervals come
+    from resampling whole MDPs. `relative` is the estimate over the logged policy's value, its interval resampled
+    jointly. Estimators that need propensities are refused, with the reason, where the log has none. Raises
+    `StageError` for a gate on a metric that the log does not have.
+    """
+    read_record(training)
+    with stage("evaluation", output) as (directory, facts):
+        everything = load_transitions(features, spec)
+        train, held_out = everything.split(spec)
+        held_out, excluded = _whole_mdps(held_out)
+        bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir())]
+        evaluator = _Evaluator(spec, train, held_out, bundles[-1])
+        epochs = []
+        for number, bundle in enumerate(bundles, 1):
+            epochs.append({"epoch": number, "estimates": evaluator.estimate(bundle)})
+            wsdr = epochs[-1]["estimates"]["weighted_sequential_doubly_robust"]
+            name = spec.evaluation.gate.metric
+            text = f"epoch {number}"
+            if isinstance(wsdr.get(name), dict):
+                text += f" {name} {wsdr[name]['relative']:.2f}x logged"
+            report(number, len(bundles), text)
+        final: dict[str, Any] = epochs[-1]["estimates"]
+        verdict = judge(spec.evaluation.gate, final)
+        document = {
+            "final": final,
+            "epochs": epochs,
+            "gate": verdict,
+            "logged": evaluator.logged,
+            "diagnostics": evaluator.diagnostics(bundles[-1])
+            | {"held_out_mdps": evaluator.n, "held_out_decisions": len(held_out), "excluded_mdps": excluded},
+        }
+        (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
+        facts |= {"gate": verdict, "held_out_mdps": evaluator.n, "excluded_mdps": excluded}
+
+
+def judge(gate: Gate, final: dict[str, Any]) -> dict[str, Any]:
+    """The gate's verdict: pass, fail, inconclusive (the estimate cannot be had) or disabled; with the reason."""
+    asked = f"{gate.estimator} of {gate.metric}"
+    if not gate.enabled:
+        return {"verdict": "disabled", "reason": "the gate is switched off in the job"}
+    estimates = final[gate.estimator]
+    if "refused" in estimates:
+        return {"verdict": "inconclusive", "reason": f"{asked}: {estimates['refused']}"}
+    if gate.metric not in estimates:
+        raise StageError(
+            f"evaluation.gate.metric: no metric {gate.metric!r} in the log; there are {', '.join(sorted(estimates))}"
+        )
+    low = estimates[gate.metric]["relative_low"]
+    if low is None:
+        return {
+            "verdict": "inconclusive",
+            "reason": f"{asked}: the logged policy's value is not positive, so nothing can be set relative to it",
+        }
+    comparison = "at least" if low >= gate.minimum_relative else "under"
+    reason = f"{asked}: lower bound {low:.3f} of the logged policy, {comparison} the minimum {gate.minimum_relative:g}"
+    return {"verdict": "pass" if low >= gate.minimum_relative else "fail", "reason": reason}
+
+
+class _Evaluator:
+    """What does not change from epoch to epoch: the data, the replicates, the models."""
+
+    def __init__(self, spec: JobSpec, train: Transitions, held_out: Transitions, bundle: Bundle) -> None:
+        self.spec, self.train, self.held_out = spec, train, held_out
+        self.discount = spec.reward.discount
+        _, self.mdp = np.unique(held_out.mdp, return_inverse=True)
+        self.n = int(self.mdp.max()) + 1
+        self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
+        self.q = FittedQ(train, bundle.normalization, self.discount, spec.seed)
+        model = FittedQ(train, bundle.normalization, 0.0, spec.seed)
+        model.fit(np.zeros((len(train), len(train.actions))), spec.evaluation.fitted_q_steps)
+        weights = held_out.weight_vector(spec.reward.metric_weights)
+        self.names = list(held_out.metric_names)
+        self.mix = np.eye(len(self.names))
+        if REWARD not in self.names:
+            self.names.append(REWARD)
+            self.mix = np.concatenate([self.mix, weights[:, None]], axis=1)
+        self.metrics = held_out.metrics.astype(np.float64) @ self.mix
+        self.modelled = model.predict(held_out.state) @ self.mix
+        steps = [cpe.logged_per_step(self.metrics[:, m], self.mdp, self.counts) for m in range(len(self.names))]
+        totals = [
+            cpe.logged_per_mdp(self.metrics[:, m], self.discount, self.mdp, self.counts) for m in range(len(self.names))
+        ]
+        self.logged_samples = {"stepwise": steps, "sequential": totals}
+        self.logged = {
+            "per_step": {name: float(s[0]) for name, s in zip(self.names, steps, strict=True)},
+            "per_mdp": {name: float(s[0]) for name, s in zip(self.names, totals, strict=True)},
+        }
+
+    def estimate(self, bundle: Bundle) -> dict[str, Any]:
+        self.q.fit(propensities(bundle, self.train), self.spec.evaluation.fitted_q_steps)
+        q = self.q.predict(self.held_out.state) @ self.mix
+        target = propensities(bundle, self.held_out)
+        weight = self._weight(target)
+        estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}
+        for m, name in enumerate(self.names):
+            metric, modelled = self.metrics[:, m], self.modelled[:, :, m]
+            samples = {"stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.counts)}
+            if weight is not None:
+                samples |= {
+                    "stepwise_importance_sampling": cpe.stepwise_importance_sampling(
+                        metric, weight, self.mdp, self.counts
+                    ),
+                    "stepwise_doubly_robust": cpe.stepwise_doubly_robust(
+                        metric, weight, modelled, target, self.held_out.action, self.mdp, self.counts
+                    ),
+                    "weighted_sequential_doubly_robust": cpe.weighted_sequential_doubly_robust(
+                        metric, weight, q[:, :, m], target, self.held_out.action, self.discount, self.mdp, self.counts
+                    ),
+                }
+            for estimator, values in samples.items():
+                logged = self.logged_samples["stepwise" if estimator.startswith("stepwise") else "sequential"][m]
+                estimates[estimator][name] = self._interval(values, logged)
+        for estimator in ESTIMATORS:
+            if not estimates[estimator]:
+                estimates[estimator] = {"refused": "the log has decisions without action_probability"}
+        return estimates
+
+    def diagnostics(self, bundle: Bundle) -> dict[str, Any]:
+        weight = self._weight(propensities(bundle, self.held_out))
+        if weight is None:
+            return {}
+        with np.errstate(divide="ignore"):
+            final = np.bincount(self.mdp, np.log(weight), minlength=self.n)
+        whole = np.exp(final - final.max()) if np.isfinite(final.max()) else np.zeros(self.n)
+        return {
+            "effective_sample_size_decisions": round(cpe.effective_sample_size(weight), 1),
+            "effective_sample_size_mdps": round(cpe.effective_sample_size(whole), 1),
+            "largest_weight": round(float(weight.max()), 2),
+        }
+
+    def _weight(self, target: np.ndarray) -> np.ndarray | None:
+        logged = self.held_out.propensity
+        if np.isnan(logged).any():
+            return None
+        return np.asarray(target[np.arange(len(target)), self.held_out.action] / logged)
+
+    def _interval(self, values: np.ndarray, logged: np.ndarray) -> dict[str, float | None]:
+        """Percentile interval of the replicates around the estimate from the log itself."""
+        tail = (1 - self.spec.evaluation.confidence) / 2
+        low, high = np.quantile(values[1:], [tail, 1 - tail])
+        result: dict[str, float | None] = {"value": float(values[0]), "low": float(low), "high": float(high)}
+        if logged[0] <= 0 or (logged[1:] <= 0).any():
+            return result | {"relative": None, "relative_low": None, "relative_high": None}
+        relative = values / logged
+        low, high = np.quantile(relative[1:], [tail, 1 - tail])
+        return result | {"relative": float(relative[0]), "relative_low": float(low), "relative_high": float(high)}
+
+
+def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
+    """The served policy's probability of each action, float64 [N, A]: softmax over the possible actions' Q-values."""
+    with torch.no_grad():
+        scores = bundle.network(torch.from_numpy(data.state)) / bundle.temperature
+        scores = scores.masked_fill(~torch.from_numpy(data.possible), -torch.inf)
+        return np.asarray(torch.softmax(scores.double(), 1).numpy())
+
+
+def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:
+    """The MDPs without a hole in the middle, and how many had one: their later weights cannot be known."""
+    last = np.append(np.diff(data.mdp) != 0, True)
+    holed = np.unique(data.mdp[data.truncated & ~last])
+    kept = data.select(np.flatnonzero(~np.isin(data.mdp, holed)))
+    if len(kept) == 0:
+        raise StageError("evaluation: every held-out MDP has rejected decisions in its middle; mend the log")
+    return kept, len(holed)

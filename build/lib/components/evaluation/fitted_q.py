@@ -1,0 +1,67 @@
+"""Models of a policy's action values, fitted to logged transitions, one value per metric."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from components.normalization.spec import NormalizationSpec
+from components.training.network import QNetwork
+from components.transitions import Transitions
+
+BATCH = 512
+
+
+class FittedQ:
+    """Fitted Q evaluation (Le et al. 2019, arXiv 1903.08738, algorithm 3) by stochastic gradient steps.
+
+    Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'). With discount 0 this is the
+    regression of the metrics themselves, the direct method's model. Fits go on from the one before, so that the policy
+    of the next epoch needs few steps.
+    """
+
+    def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        metrics = len(data.metric_names)
+        self.network = QNetwork(normalization, len(data.actions), [128, 128], outputs=metrics)
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.discount = discount
+        usable = ~data.truncated if discount else np.ones(len(data), bool)
+        self.rows = torch.from_numpy(np.flatnonzero(usable))
+        self.state = torch.from_numpy(data.state)
+        self.action = torch.from_numpy(data.action)
+        self.metrics = torch.from_numpy(data.metrics)
+        self.next_row = torch.from_numpy(data.next_row)
+        self.continues = torch.from_numpy(~data.terminal).float().unsqueeze(1)
+        # Metrics differ in size by orders of magnitude; each is fitted in units of its own spread.
+        self.scale = self.metrics.std(0).clamp(min=1e-3) if len(data) > 1 else torch.ones(metrics)
+
+    def fit(self, policy: np.ndarray, steps: int) -> None:
+        """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
+        probabilities = torch.from_numpy(policy).float()
+        for _ in range(steps):
+            rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
+            wanted = self.metrics[rows] / self.scale
+            if self.discount:
+                following = self.next_row[rows]
+                with torch.no_grad():
+                    value = (self.target(self.state[following]) * probabilities[following].unsqueeze(2)).sum(1)
+                wanted = wanted + self.discount * self.continues[rows] * value
+            q = self.network(self.state[rows])[torch.arange(BATCH), self.action[rows]]
+            loss = nn.functional.smooth_l1_loss(q, wanted)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(self.target.parameters(), self.network.parameters(), strict=True):
+                    slow.lerp_(fast, 0.01)
+
+    def predict(self, state: np.ndarray) -> np.ndarray:
+        """Action values per metric, float64 [N, A, M]."""
+        with torch.no_grad():
+            return np.asarray((self.network(torch.from_numpy(state)) * self.scale).double().numpy())

@@ -1,0 +1,1 @@
+"""A policy -> ONNX -> a Triton model repository."""

@@ -1,0 +1,119 @@
+"""A Triton model repository: one immutable version directory per policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from components.export.onnx_policy import check_onnx, export_onnx
+from components.training.bundle import read_bundle
+from components.transitions import load_transitions
+from contracts.job import JobSpec
+from contracts.progress import report
+from contracts.stage import StageError, read_record, stage
+
+MODEL = "arm"
+DESCRIPTION = "policy.json"
+
+
+def version_of(digest: str) -> int:
+    """The version number, which Triton wants to be a positive integer, of the policy with this digest."""
+    return int(digest[:7], 16) + 1
+
+
+def export_policy(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
+    """Write `model_repository/` with the last epoch's policy; raises `StageError` when ONNX and torch disagree."""
+    read_record(training)
+    with stage("export", output) as (directory, facts):
+        bundle = read_bundle(Path(training) / "policy")
+        states = load_transitions(features, spec).state[:10_000]
+        report(0, 1, "ONNX")
+        facts |= write_version(
+            directory / "model_repository",
+            bundle.network,
+            bundle.temperature,
+            features=bundle.normalization.inputs,
+            actions=bundle.actions,
+            digest=bundle.digest,
+            states=states,
+            backend=spec.export.backend,
+        )
+        report(1, 1, f"largest difference {facts['largest_difference']:.1g}")
+
+
+def write_version(
+    repository: Path,
+    network: nn.Module,
+    temperature: float,
+    *,
+    features: list[str],
+    actions: list[str],
+    digest: str,
+    states: np.ndarray,
+    backend: str = "python",
+) -> dict[str, Any]:
+    """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
+    version = version_of(digest)
+    directory = repository / MODEL / str(version)
+    directory.mkdir(parents=True)
+    path = directory / "model.onnx"
+    policy = export_onnx(network, temperature, len(features), len(actions), path)
+    width = len(features)
+    extremes = np.array([[np.nan] * width, [0.0] * width, [1e30] * width, [-1e30] * width], np.float32)
+    difference = check_onnx(policy, path, np.concatenate([states, extremes]), len(actions), seed=0)
+    if backend == "python":
+        shutil.copy(Path(__file__).with_name("triton_model.py"), directory / "model.py")
+    description = {
+        "digest": digest,
+        "version": version,
+        "features": features,
+        "actions": actions,
+        "temperature": temperature,
+        "onnx_digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    write_config(repository, backend)
+    return description | {"largest_difference": difference}
+
+
+def read_policies(repository: Path) -> dict[int, dict[str, Any]]:
+    """The description of every version in the repository."""
+    files = (repository / MODEL).glob(f"*/{DESCRIPTION}")
+    return {int(f.parent.name): json.loads(f.read_text()) for f in sorted(files)}
+
+
+def write_config(repository: Path, backend: str = "python") -> None:
+    """Write the model's config.pbtxt for the versions that are there; they must share features and actions."""
+    policies = read_policies(repository)
+    shapes = {(tuple(p["features"]), tuple(p["actions"])) for p in policies.values()}
+    if len(shapes) != 1:
+        raise StageError(f"{repository}: the policies there differ in features or actions and cannot share a service")
+    ((features, actions),) = shapes
+    f, a = len(features), len(actions)
+    threads = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
+    (repository / MODEL / "config.pbtxt").write_text(
+        f"""name: "{MODEL}"
+backend: "{backend}"
+max_batch_size: 64
+input [
+  {{ name: "state" data_type: TYPE_FP32 dims: [ {f} ] }},
+  {{ name: "uniform" data_type: TYPE_FP32 dims: [ 1 ] }},
+  {{ name: "possible" data_type: TYPE_BOOL dims: [ {a} ] }}
+]
+output [
+  {{ name: "q_values" data_type: TYPE_FP32 dims: [ {a} ] }},
+  {{ name: "greedy_action" data_type: TYPE_INT64 dims: [ 1 ] }},
+  {{ name: "propensities" data_type: TYPE_FP32 dims: [ {a} ] }},
+  {{ name: "sampled_action" data_type: TYPE_INT64 dims: [ 1 ] }}
+]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+dynamic_batching {{ }}
+version_policy {{ specific {{ versions: [ {", ".join(map(str, policies))} ] }} }}
+{threads if backend == "onnxruntime" else ""}"""
+    )

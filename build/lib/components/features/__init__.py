@@ -1,0 +1,1 @@
+"""Transitions -> transitions with point-in-time state features."""

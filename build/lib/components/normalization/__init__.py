@@ -1,0 +1,1 @@
+"""Feature values -> a normalization spec, and the graph that applies it."""

@@ -1,0 +1,25 @@
+"""The timeline stage: a decision log in, transitions and quarantine out."""
+
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def timeline(
+    job: str, decision_log: str, outcomes: str, version: str, transitions: dsl.Output[dsl.Dataset]
+) -> None:  # fmt: skip
+    """Order each MDP's decisions, find what follows each, and quarantine the rows that cannot be used.
+
+    Args:
+        job: JSON of the job's sections actions, data and reward.
+        decision_log: Path of the decision log.
+        outcomes: Path of outcomes reported later; empty when there are none.
+        version: Digest of code and input; a finished stage is redone when it changes.
+        transitions: Directory with `transitions` and `quarantine` as Parquet.
+    """
+    from components.timeline.build import build_timeline
+    from contracts.job import JobSpec
+
+    build_timeline(JobSpec.model_validate_json(job), decision_log, outcomes or None, transitions.path)
+    transitions.metadata["version"] = version

@@ -1,0 +1,43 @@
+"""Which rows of a decision log cannot be used, and why."""
+
+from __future__ import annotations
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+CORRUPT = "_corrupt_record"
+REASON = "quarantine_reason"
+
+
+def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
+    """Add the column `quarantine_reason`: the first thing wrong with a row, null when it is fit for use.
+
+    Of rows with the same (mdp_id, sequence_number) the earliest good one stays, the others are duplicates.
+    """
+    possible = F.coalesce(F.col("possible_actions"), F.array(*[F.lit(a) for a in actions]))
+    known = F.array(*[F.lit(a) for a in actions])
+    checks: list[tuple[str, Column]] = [
+        ("unparsable", F.col(CORRUPT).isNotNull()),
+        ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),
+        ("missing_sequence_number", F.col("sequence_number").isNull()),
+        ("missing_event_time", F.col("event_time").isNull()),
+        ("missing_action", F.col("action").isNull() | (F.col("action") == "")),
+        ("unknown_action", ~F.array_contains(known, F.col("action"))),
+        ("action_not_possible", ~F.array_contains(possible, F.col("action"))),
+        # Null is a log without propensities; NaN compares greater than any number in Spark.
+        ("probability_out_of_range", ~F.col("action_probability").between(F.lit(5e-324), F.lit(1.0))),
+        ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),
+        ("non_finite_metric", F.exists(F.map_values("metrics"), _not_finite)),
+    ]
+    reason = F.coalesce(*[F.when(check, F.lit(name)) for name, check in checks])
+    same_step = Window.partitionBy("mdp_id", "sequence_number").orderBy(
+        F.col(REASON).isNotNull(), "event_time", F.xxhash64("action", "action_probability")
+    )
+    duplicate = F.col(REASON).isNull() & (F.row_number().over(same_step) > 1)
+    return log.withColumn(REASON, reason).withColumn(
+        REASON, F.when(duplicate, F.lit("duplicate_step")).otherwise(F.col(REASON))
+    )
+
+
+def _not_finite(value: Column) -> Column:
+    return F.isnan(value) | (F.abs(value) == float("inf"))

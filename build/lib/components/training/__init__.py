@@ -1,0 +1,1 @@
+"""Training data + normalization spec -> a policy bundle."""

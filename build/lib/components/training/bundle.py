@@ -1,0 +1,90 @@
+"""The policy bundle: all that is needed to use, check or carry on a policy, in files that cannot run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from components.normalization.spec import NormalizationSpec
+from components.training.network import QNetwork
+from contracts.job import DQN
+from contracts.stage import StageError
+
+WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
+    "weights.safetensors", "bundle.json", "normalization.json", "optimizer.safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bundle:
+    network: QNetwork
+    normalization: NormalizationSpec
+    actions: list[str]
+    temperature: float
+    provenance: dict[str, Any]
+    digest: str
+
+
+def build_network(algorithm: DQN, normalization: NormalizationSpec, actions: int) -> QNetwork:
+    return QNetwork(normalization, actions, algorithm.hidden_layers, algorithm.dueling)
+
+
+def write_bundle(
+    directory: Path,
+    network: nn.Module,
+    algorithm: DQN,
+    normalization: NormalizationSpec,
+    actions: list[str],
+    temperature: float,
+    provenance: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> str:
+    """Write a bundle to a new directory; returns the policy's digest: of its weights, network and actions."""
+    directory.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, directory / WEIGHTS)
+    normalization.write(directory / NORMALIZATION)
+    if optimizer:
+        names = [name for name, _ in network.named_parameters()]
+        state = optimizer.state_dict()["state"]
+        save_file({f"{names[i]}.{k}": v for i, s in state.items() for k, v in s.items()}, directory / OPTIMIZER)
+    description = {
+        "version": 1, "algorithm": algorithm.model_dump(by_alias=True), "actions": actions, "temperature": temperature,
+    }  # fmt: skip
+    digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
+    digest.update(json.dumps(description, sort_keys=True).encode())
+    description |= {"digest": digest.hexdigest(), "weights_digest": weights_digest(directory), "provenance": provenance}
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    return digest.hexdigest()
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of the weights alone."""
+    return hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()
+
+
+def read_bundle(directory: str | Path) -> Bundle:
+    """Load a bundle; raises `StageError` when it is missing or its weights are not those it was written with."""
+    directory = Path(directory)
+    if not (directory / DESCRIPTION).is_file():
+        raise StageError(f"{directory}: no policy bundle here ({DESCRIPTION} is missing)")
+    description = json.loads((directory / DESCRIPTION).read_text())
+    if weights_digest(directory) != description["weights_digest"]:
+        raise StageError(f"{directory / WEIGHTS}: not the weights that the bundle was written with; train again")
+    normalization = NormalizationSpec.read(directory / NORMALIZATION)
+    network = build_network(DQN(**description["algorithm"]), normalization, len(description["actions"]))
+    network.load_state_dict(load_file(directory / WEIGHTS))
+    return Bundle(
+        network.eval(),
+        normalization,
+        description["actions"],
+        description["temperature"],
+        description["provenance"],
+        description["digest"],
+    )

@@ -1,0 +1,29 @@
+"""The training stage: training data and a normalization spec in, a policy bundle per epoch out."""
+
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def training(
+    job: str,
+    version: str,
+    training_data: dsl.Input[dsl.Dataset],
+    normalization: dsl.Input[dsl.Artifact],
+    policy: dsl.Output[dsl.Model],
+) -> None:
+    """Learn a policy from the training MDPs, on as many workers as the job says.
+
+    Args:
+        job: JSON of the job's sections actions, algorithm, data, export, reward and training.
+        version: Digest of code and input; a finished stage is redone when it changes.
+        training_data: The features stage's directory.
+        normalization: The normalization stage's directory.
+        policy: Directory with `policy`, the last bundle, `epochs`, one for each, and TensorBoard's logs.
+    """
+    from components.training.launch import train
+    from contracts.job import JobSpec
+
+    train(JobSpec.model_validate_json(job), training_data.path, normalization.path, policy.path)
+    policy.metadata["version"] = version

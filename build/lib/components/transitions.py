@@ -1,0 +1,137 @@
+"""Training data in memory: each state once, the next state being the next row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from contracts.hashing import unit_interval
+from contracts.job import JobSpec
+from contracts.stage import StageError, read_record
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """N transitions sorted by MDP and ordinal, over F features, A actions and M metrics."""
+
+    features: list[str]
+    actions: list[str]
+    metric_names: list[str]
+    state: np.ndarray  # float32 [N, F], NaN = missing
+    action: np.ndarray  # int64 [N], index into actions
+    propensity: np.ndarray  # float64 [N], NaN = not logged
+    possible: np.ndarray  # bool [N, A], actions possible at the decision
+    metrics: np.ndarray  # float32 [N, M]
+    returns: np.ndarray  # float32 [N, M], discounted sums to the MDP's last logged step
+    terminal: np.ndarray  # bool [N]
+    truncated: np.ndarray  # bool [N], what followed is not known: no transition to learn from
+    mdp: np.ndarray  # int64 [N], index of the MDP
+    mdp_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @property
+    def next_row(self) -> np.ndarray:
+        """int64 [N]: the row of the next state; a row without one points to itself."""
+        rows = np.arange(len(self))
+        return np.where(self.terminal | self.truncated, rows, np.minimum(rows + 1, len(self) - 1))
+
+    def reward(self, weights: dict[str, float]) -> np.ndarray:
+        """float32 [N]: dot product of metrics and weights; `StageError` for a metric that the log does not have."""
+        return self.metrics @ self.weight_vector(weights)
+
+    def weight_vector(self, weights: dict[str, float]) -> np.ndarray:
+        """float32 [M]: the weights in the order of `metric_names`."""
+        for name in weights:
+            self.metric_index(name, "reward.metricWeights")
+        return np.array([weights.get(name, 0.0) for name in self.metric_names], np.float32)
+
+    def metric_index(self, name: str, field: str) -> int:
+        if name not in self.metric_names:
+            raise StageError(f"{field}: no metric {name!r} in the log; there are {', '.join(self.metric_names)}")
+        return self.metric_names.index(name)
+
+    def select(self, rows: np.ndarray) -> Transitions:
+        """The given rows; they must keep MDPs whole and in order."""
+        fields = ("state", "action", "propensity", "possible", "metrics", "returns", "terminal", "truncated", "mdp")
+        arrays = {name: getattr(self, name)[rows] for name in fields}
+        return Transitions(self.features, self.actions, self.metric_names, mdp_ids=self.mdp_ids, **arrays)
+
+    def split(self, spec: JobSpec) -> tuple[Transitions, Transitions]:
+        """Training and held-out transitions. An MDP's side depends on seed and mdp_id alone; raises when one is empty."""
+        held_out = np.array(
+            [unit_interval(f"holdout-{spec.seed}", m) < spec.data.holdout_fraction for m in self.mdp_ids]
+        )
+        if held_out.all() or not held_out.any():
+            raise StageError(
+                f"data.holdoutFraction {spec.data.holdout_fraction}: of {len(self.mdp_ids)} MDPs "
+                f"{held_out.sum()} are held out; both sides need some: log more MDPs"
+            )
+        rows = held_out[self.mdp]
+        return self.select(np.flatnonzero(~rows)), self.select(np.flatnonzero(rows))
+
+
+def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
+    """Read the features stage's training data."""
+    names: list[str] = read_record(features)["features"]
+    table = ds.dataset(Path(features) / "training", format="parquet").to_table()
+    table = table.sort_by([("mdp_id", "ascending"), ("ordinal", "ascending")])
+    ids = table["mdp_id"].combine_chunks().dictionary_encode()
+    n = len(table)
+    metric_names, returns = _map_columns(table["returns"])
+    _, metrics = _map_columns(table["metrics"], metric_names)
+    possible = np.ones((n, len(spec.actions)), bool)
+    lists = table["possible_actions"].combine_chunks()
+    if lists.null_count < n:
+        listed = lists.is_valid().to_numpy(zero_copy_only=False)
+        possible[listed] = False
+        parents = pc.list_parent_indices(lists).to_numpy()
+        indices = pc.index_in(pc.list_flatten(lists), value_set=pa.array(spec.actions)).fill_null(-1).to_numpy()
+        possible[parents[indices >= 0], indices[indices >= 0]] = True
+    action = pc.index_in(table["action"], value_set=pa.array(spec.actions)).to_numpy()
+    if n == 0:
+        raise StageError(f"{features}: there is no transition to learn from")
+    return Transitions(
+        features=names,
+        actions=list(spec.actions),
+        metric_names=metric_names,
+        state=np.stack([_floats(table[f"state_{name}"]) for name in names], 1).astype(np.float32),
+        action=action.astype(np.int64),
+        propensity=_floats(table["action_probability"]),
+        possible=possible,
+        metrics=metrics,
+        returns=returns,
+        terminal=table["terminal"].to_numpy(),
+        truncated=table["truncated"].to_numpy(),
+        mdp=ids.indices.to_numpy().astype(np.int64),
+        mdp_ids=ids.dictionary.to_pylist(),
+    )
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """float64, null as NaN."""
+    values: np.ndarray = column.cast(pa.float64()).fill_null(float("nan")).to_numpy()
+    return values
+
+
+def _map_columns(column: pa.ChunkedArray, names: list[str] | None = None) -> tuple[list[str], np.ndarray]:
+    """The keys of a map column (or those given) and its values as float32 [rows, keys], 0 where absent."""
+    maps = column.combine_chunks()
+    # A row's entries lie between its offsets; a null row has none.
+    counts = np.diff(maps.offsets.to_numpy())
+    start, stop = maps.offsets[0].as_py(), maps.offsets[-1].as_py()
+    keys = maps.keys.slice(start, stop - start)
+    if names is None:
+        names = sorted(pc.unique(keys).to_pylist())
+    values = np.zeros((len(maps), len(names)), np.float32)
+    rows = np.repeat(np.arange(len(maps)), counts)
+    columns = pc.index_in(keys, value_set=pa.array(names, pa.string())).fill_null(-1).to_numpy()
+    known = columns >= 0
+    values[rows[known], columns[known]] = maps.items.slice(start, stop - start).to_numpy()[known]
+    return names, values

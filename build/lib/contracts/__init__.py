@@ -1,0 +1,1 @@
+"""What crosses a boundary between stages: the job, the decision log, the stage record."""

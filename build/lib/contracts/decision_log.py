@@ -1,0 +1,47 @@
+"""The decision log: what the product or serving writes, and the timeline reads. One row per decision."""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        pa.field("mdp_id", pa.string(), nullable=False),  # the episode: a user, a session, a game
+        pa.field("sequence_number", pa.int64(), nullable=False),  # orders the decisions of an MDP
+        pa.field("event_time", pa.timestamp("us", tz="UTC")),  # when the decision was made
+        pa.field("state_features", pa.map_(pa.string(), pa.float64())),  # what was known then; absent = missing
+        pa.field("action", pa.string()),
+        pa.field("action_probability", pa.float64()),  # propensity under the policy that acted, in (0, 1]
+        pa.field("possible_actions", pa.list_(pa.string())),  # null: all of the job's actions
+        pa.field("metrics", pa.map_(pa.string(), pa.float64())),  # what the decision brought
+        pa.field("truncated", pa.bool_()),  # true: the MDP was cut off after this step, it did not end
+        pa.field("policy_version", pa.string()),  # digest of the policy that acted
+    ],
+    metadata={"bluewhale.decision_log.version": str(SCHEMA_VERSION)},
+)
+
+OUTCOMES_SCHEMA = pa.schema(
+    [
+        SCHEMA.field("mdp_id"),
+        SCHEMA.field("sequence_number"),
+        SCHEMA.field("metrics"),
+        SCHEMA.field("truncated"),
+        pa.field("ended", pa.bool_()),  # true: no decision of this MDP follows
+    ]
+)
+"""What is reported of a decision after it was made, by its key."""
+
+_SPARK_TYPES = {
+    pa.string(): "string",
+    pa.int64(): "bigint",
+    pa.float64(): "double",
+    pa.bool_(): "boolean",
+    pa.timestamp("us", tz="UTC"): "timestamp",
+    pa.map_(pa.string(), pa.float64()): "map<string,double>",
+    pa.list_(pa.string()): "array<string>",
+}
+
+
+def spark_ddl(schema: pa.Schema) -> str:
+    """The schema in Spark's DDL, all columns nullable."""
+    return ", ".join(f"{field.name} {_SPARK_TYPES[field.type]}" for field in schema)

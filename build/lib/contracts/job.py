@@ -1,0 +1,287 @@
+"""The RLTrainingJob: the one file that a user writes.
+
+The same types check a job on one machine and in a cluster. Every model refuses fields that it does not know, and
+`load_job` turns what is wrong into one message that names each field's path and what is allowed there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
+
+API_VERSION = "bluewhale.io/v1alpha1"
+SEQUENTIAL_ESTIMATORS = ("weighted_sequential_doubly_robust",)
+STEP_WISE_ESTIMATORS = (
+    "stepwise_importance_sampling",
+    "stepwise_direct_method",
+    "stepwise_doubly_robust",
+)
+ESTIMATORS = STEP_WISE_ESTIMATORS + SEQUENTIAL_ESTIMATORS
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=52)]
+
+
+class JobError(ValueError):
+    """A job file that cannot be used; the message names every field at fault."""
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+
+class Metadata(Model):
+    """Kubernetes object metadata, as far as a job file carries it."""
+
+    name: Name
+    namespace: str | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class BehaviourPolicy(Model):
+    """A logistic behaviour policy over two actions, mixed with uniform exploration.
+
+    P(second action | s) = exploration / 2 + (1 - exploration) * sigmoid(weights . s)
+    """
+
+    weights: dict[str, float] = Field(description="Weight of each state feature in the logit of the second action.")
+    exploration: float = Field(0.0, ge=0, le=1, description="Probability of a uniformly random action.")
+
+
+class Simulation(Model):
+    """A Gymnasium environment that stands in for the product: it makes the log and plays the live traffic."""
+
+    environment: Literal["CartPole-v1"] = Field(description="The Gymnasium environment's id.")
+    behaviour_policy: BehaviourPolicy
+    episodes: int = Field(500, ge=2, description="Episodes to log with the behaviour policy.")
+    truth_episodes: int = Field(200, ge=2, description="Fresh episodes that measure a policy's true return.")
+
+
+class Data(Model):
+    decision_log: str | None = Field(
+        None, description="Path of the decision log (Parquet or JSON lines); left out when a simulation makes it."
+    )
+    outcomes: str | None = Field(None, description="Path of metrics reported after the decision, joined by its key.")
+    last_step: Literal["terminal", "truncated", "column"] = Field(
+        "terminal",
+        description="What an MDP's last logged step is: its end, a cut by the log's window, or what the log's own "
+        "boolean column `truncated` says.",
+    )
+    max_quarantine_fraction: float = Field(0.01, ge=0, le=1, description="Fail when more rows than this are rejected.")
+    holdout_fraction: Fraction = Field(0.3, description="Share of MDPs kept out of training, for evaluation.")
+
+
+class OnlineStore(Model):
+    """Feast's online store; any further keys of that store's configuration are passed on as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str = "sqlite"
+
+
+class Features(Model):
+    ttl_seconds: int = Field(86_400, ge=1, description="A feature value older than this at the decision is missing.")
+    online_store: OnlineStore = OnlineStore()
+
+
+class Reward(Model):
+    metric_weights: dict[str, float] = Field(
+        {"reward": 1.0}, min_length=1, description="Reward = dot product of these and the logged metrics."
+    )
+    discount: float = Field(0.99, ge=0, le=1, description="Discount per step.")
+
+
+FeatureType = Literal["binary", "probability", "continuous", "box_cox", "quantile", "enum"]
+
+
+class Normalization(Model):
+    """Thresholds of the paper's Algorithm 1 (arXiv 1811.00260), with its reference values as defaults."""
+
+    max_enum_values: int = Field(10, ge=2)
+    normality_bound: Positive = Field(1000.0, description="D'Agostino K^2 below which a feature is taken as normal.")
+    box_cox_gain: Positive = Field(10.0, description="Box-Cox must lower K^2 by this factor to be used.")
+    quantiles: int = Field(20, ge=2)
+    sample_rows: int = Field(100_000, ge=100, description="Rows sampled for the tests of normality.")
+    overrides: dict[str, FeatureType] = Field({}, description="Types set by hand, by feature.")
+
+
+class DQN(Model):
+    """Deep Q-learning on a log (Mnih et al. 2015), double (van Hasselt et al. 2016), dueling (Wang et al. 2016)."""
+
+    double: bool = True
+    dueling: bool = True
+    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field([128, 128], min_length=1)
+    learning_rate: Positive = 1e-3
+    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
+
+
+class Algorithm(Model):
+    """The learning algorithm: exactly one."""
+
+    dqn: DQN = DQN()
+
+
+class Training(Model):
+    workers: int = Field(1, ge=1, le=1024, description="Data-parallel workers.")
+    epochs: int = Field(10, ge=1, description="Each ends with a snapshot of the policy that evaluation follows.")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="Optimizer steps per epoch; one pass over the data when left out."
+    )
+    batch_size: int = Field(512, ge=1, description="Transitions per optimizer step, over all workers together.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Training:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batchSize {self.batch_size} must be a multiple of workers {self.workers}")
+        return self
+
+
+class Gate(Model):
+    """Let a policy pass only when the lower bound of an estimate, relative to the logged policy, is high enough."""
+
+    enabled: bool = True
+    metric: str = "reward"
+    estimator: Literal[ESTIMATORS] = "weighted_sequential_doubly_robust"  # type: ignore[valid-type]
+    minimum_relative: float = Field(1.0, description="Smallest accepted lower bound; 1 is the logged policy's value.")
+
+
+class Evaluation(Model):
+    confidence: Fraction = Field(0.95, description="Level of the bootstrap intervals.")
+    bootstrap_samples: int = Field(1000, ge=100)
+    fitted_q_steps: int = Field(1500, ge=1, description="Optimizer steps of each fitted model of the values.")
+    gate: Gate = Gate()
+
+
+class Export(Model):
+    temperature: Positive = Field(1.0, description="Of the softmax over Q-values that the served policy samples from.")
+    backend: Literal["python", "onnxruntime"] = Field(
+        "python", description="Triton backend of the exported model; onnxruntime needs a server that has it."
+    )
+
+
+class Canary(Model):
+    """Move MDPs to the candidate in steps, each on evidence."""
+
+    weights: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.1, 0.5, 1.0], min_length=1)
+    metric: str = Field("reward", description="Metric whose total per MDP the arms are compared by.")
+    minimum_relative: float = Field(
+        1.0, description="The candidate's mean must be shown to reach this share of the stable policy's."
+    )
+    minimum_mdps: int = Field(
+        30, ge=2, description="Finished MDPs of the candidate in each step, and of stable, before the metric is judged."
+    )
+    significance: Fraction = Field(0.05, description="Error rate of the sequential test over the whole rollout.")
+    max_error_fraction: float = Field(0.01, ge=0, le=1, description="Candidate calls that may fail or come late.")
+    max_latency_ms: Positive = Field(100.0, description="Largest accepted 99th percentile of the candidate's latency.")
+    deadline_ms: Positive = Field(250.0, description="A candidate slower than this is answered for by stable.")
+    step_timeout_seconds: Positive = Field(120.0, description="A step that has not passed by then is rolled back.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Canary:
+        if sorted(set(self.weights)) != self.weights:
+            raise ValueError(f"weights {self.weights} must rise from step to step")
+        return self
+
+
+class Deploy(Model):
+    service: Name = "policy"
+    canary: Canary = Canary()
+
+
+class JobSpec(Model):
+    actions: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, description="The discrete actions.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    simulation: Simulation | None = None
+    data: Data = Data()
+    features: Features = Features()
+    reward: Reward = Reward()
+    normalization: Normalization = Normalization()
+    algorithm: Algorithm = Algorithm()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+    deploy: Deploy = Deploy()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobSpec:
+        if len(set(self.actions)) != len(self.actions):
+            raise ValueError(f"actions {self.actions} must be distinct")
+        if self.simulation and self.data.decision_log:
+            raise ValueError("set either simulation or data.decisionLog: a simulation makes its own log")
+        return self
+
+    def only(self, *sections: str) -> str:
+        """The named sections, actions and seed as JSON: what a stage reads, so that nothing else makes it stale."""
+        return self.model_dump_json(by_alias=True, include={"actions", "seed", *sections})
+
+
+class RLTrainingJob(Model):
+    api_version: Literal["bluewhale.io/v1alpha1"]
+    kind: Literal["RLTrainingJob"]
+    metadata: Metadata
+    spec: JobSpec
+
+    @model_validator(mode="after")
+    def _has_data(self) -> RLTrainingJob:
+        if not (self.spec.simulation or self.spec.data.decision_log):
+            raise ValueError("spec.data.decisionLog is missing: name the log's path, or a spec.simulation to make one")
+        return self
+
+
+def load_job(path: str | Path) -> RLTrainingJob:
+    """Read and check a job file; raises `JobError` with one line per field at fault."""
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file") from None
+    except yaml.YAMLError as error:
+        raise JobError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise JobError(f"{path}: expected an RLTrainingJob, found {type(document).__name__}")
+    try:
+        return RLTrainingJob.model_validate(document)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise JobError(f"{path}: not a valid RLTrainingJob\n{lines}") from None
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "job"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        allowed = sorted(_fields_at(error["loc"][:-1]))
+        close = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{path}: unknown field; {hint}Allowed here: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{path}: required, but missing"
+    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}{found}"
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    model: Any = RLTrainingJob
+    for part in loc:
+        field = next((f for f in model.model_fields.values() if f.alias == part), None)
+        if field is None:
+            return []
+        model = _model_in(field.annotation)
+    return [field.alias for field in model.model_fields.values()]
+
+
+def _model_in(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation

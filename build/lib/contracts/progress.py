@@ -1,0 +1,36 @@
+"""Progress of long work, reported by whoever does it and shown by whoever runs it.
+
+A stage may be several processes away from the terminal, so progress travels as marked lines of its output.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+
+listener: Callable[[float, float, str], None] | None = None
+"""Set by a command that shows the progress of a stage in its own process."""
+
+MARK = "@progress "
+VARIABLE = "BLUEWHALE_PROGRESS"
+
+
+def report(done: float, total: float, text: str = "") -> None:
+    """Say that `done` of `total` is done; `text` is a few words or figures beside the bar."""
+    if listener:
+        listener(done, total, text)
+    elif os.environ.get(VARIABLE):
+        sys.stdout.write(f"{MARK}{json.dumps([done, total, text])}\n")
+        sys.stdout.flush()
+
+
+def parse(line: str) -> tuple[float, float, str] | None:
+    """The progress in a line of output, or None for any other line."""
+    _, mark, rest = line.partition(MARK)
+    if not mark:
+        return None
+    try:
+        done, total, text = json.loads(rest)
+    except ValueError:
+        return None
+    return float(done), float(total), str(text)

@@ -1,0 +1,85 @@
+"""How a stage leaves its work: finished or not at all, with a record of what was made, from what, and how long it took."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+RECORD = "stage.json"
+ERROR_FILE_VARIABLE = "BLUEWHALE_ERROR_FILE"
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on, with what was wrong, where, and what to do."""
+
+
+@contextmanager
+def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Give a fresh directory at `output` and a dict for facts; the record that marks it finished is written last.
+
+    A killed or failed stage leaves no record, and so nothing that a later stage would read. What failed is also
+    written to the file that the environment variable BLUEWHALE_ERROR_FILE names, for the runner to show.
+    """
+    output = Path(output).absolute()
+    if output.is_symlink() or output.is_file():
+        output.unlink()
+    elif output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    facts: dict[str, Any] = {}
+    started = time.time()
+    try:
+        yield output, facts
+    except Exception as error:
+        if path := os.environ.get(ERROR_FILE_VARIABLE):
+            known = isinstance(error, (StageError, FileNotFoundError))
+            text = str(error) if known else traceback.format_exc(limit=-3)
+            Path(path).write_text(json.dumps({"stage": name, "error": text}))
+        raise
+    record = {"stage": name, "status": "succeeded", "started": started, "seconds": round(time.time() - started, 2)}
+    unfinished = output / f".{RECORD}"
+    unfinished.write_text(json.dumps(record | facts, indent=2))
+    os.replace(unfinished, output / RECORD)
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """The record of a finished stage; raises `StageError` when there is none."""
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        raise StageError(f"{directory}: no finished stage here ({RECORD} is missing); run the stage before this one")
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def digest_files(*paths: str | Path) -> str:
+    """SHA-256 over the relative names and contents of files and directories; stage records do not count."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file.name == RECORD or file.name.startswith(("_", ".")):
+                continue
+            digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """Digest of the code that a stage can reach, so that a finished stage is redone when the code has changed."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*(root / "contracts").rglob("*.py"), *(root / "components").rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

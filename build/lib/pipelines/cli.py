@@ -1,0 +1,306 @@
+"""The `bluewhale` command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from contracts import progress
+from contracts.job import JobError, load_job
+from contracts.stage import StageError, read_record
+from pipelines import reaper
+from pipelines.display import Display
+from pipelines.local import Run
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done; for run and rollout: the policy was promoted
+  1    a stage failed; the message says which, why and what to do
+  2    the command line or the job file is wrong
+  3    the evaluation's gate stopped the policy
+  4    the canary rolled the policy back
+  130  interrupted
+"""
+
+console = Console(stderr=True)
+
+
+class _Group(click.Group):
+    """Runs a subcommand with clear errors, stable exit codes, and no process left behind."""
+
+    def invoke(self, context: click.Context) -> Any:
+        from serving.client import ServiceError
+        from serving.processes import ServerError
+
+        signal.signal(signal.SIGTERM, _interrupt)
+        if not os.environ.get(reaper.MARK):
+            reaper.watch()
+        try:
+            return super().invoke(context)
+        except JobError as error:
+            console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+            context.exit(2)
+        except (StageError, ServerError, ServiceError, FileNotFoundError) as error:
+            console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+            context.exit(1)
+        except KeyboardInterrupt:
+            console.print("\ninterrupted; the same command carries on from the finished stages", highlight=False)
+            # Threads of libraries may still run: leave at once, the watcher ends what is left.
+            os._exit(130)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+@click.group(
+    cls=_Group,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(package_name="bluewhale")
+def main() -> None:
+    """Applied reinforcement learning: from logged decisions to a policy that serves live traffic.
+
+    \b
+    A whole job:      bluewhale run manifests/examples/cartpole.yaml
+    Stage by stage:   bluewhale log JOB, then timeline, features, normalize, train, evaluate, export
+    In service:       bluewhale serve JOB, and beside it simulate JOB and rollout JOB
+    """
+
+
+def _job_command(name: str, example: str = "") -> Callable[[Callable[..., Any]], click.Command]:
+    """A command on a job file, with the options that all of them share."""
+
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        def call(job_file: Path, runs: Path, **options: Any) -> Any:
+            job = load_job(job_file)
+            return function(Run(job, runs / job.metadata.name), **options)
+
+        call.__doc__ = f"{function.__doc__}\n\n    \b\n    Example:\n      {example or f'bluewhale {name} job.yaml'}\n"
+        decorated: Any = click.option(
+            "--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True,
+            help="Directory of all runs; this job's is below it.",
+        )(call)  # fmt: skip
+        decorated = click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))(decorated)
+        for option in reversed(getattr(function, "__click_params__", [])):
+            decorated.__click_params__.insert(0, option)
+        return main.command(name)(decorated)
+
+    return wrap
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+
+
+@_job_command("run", "bluewhale run manifests/examples/cartpole.yaml")
+@_as_json
+def run(run: Run, as_json: bool) -> None:
+    """Run the whole job, or what of it is not finished, and write result.json and report.html."""
+    from pipelines.local import run_job
+
+    started = time.time()
+    try:
+        with Display(console) as display:
+            code = run_job(run, display)
+    finally:
+        if as_json and run.result:
+            click.echo(json.dumps(run.result, indent=2))
+    if not as_json:
+        _summary(run, time.time() - started)
+    sys.exit(code)
+
+
+@_job_command("compile", "bluewhale compile job.yaml --output pipeline.yaml")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True)
+def compile_(run: Run, output: Path) -> None:
+    """Write the job's KFP pipeline as IR YAML, ready to be uploaded to a KFP backend."""
+    from pipelines.pipeline import compile_pipeline
+
+    if output.suffix not in (".yaml", ".yml", ".json"):
+        raise click.BadParameter(f"{output}: KFP wants the suffix .yaml or .json", param_hint="--output")
+    compile_pipeline(run.job, run.decision_log, output)
+    click.echo(output)
+
+
+@_job_command("log")
+def log(run: Run) -> None:
+    """Make the decision log: play the simulation's environment with its behaviour policy."""
+    from simulation.log import write_log
+
+    if not run.job.spec.simulation:
+        raise JobError("spec.simulation: missing; only a simulation can make a log")
+    with _shown(run, "log"):
+        write_log(run.job.spec, run.path("log"))
+
+
+@_job_command("timeline")
+def timeline(run: Run) -> None:
+    """Order the log's decisions and find what followed each: transitions, and quarantine for rows unfit for use."""
+    from components.timeline.build import build_timeline
+
+    with _shown(run, "timeline"):
+        build_timeline(run.job.spec, run.decision_log, run.job.spec.data.outcomes, run.path("timeline"))
+
+
+@_job_command("features")
+def features(run: Run) -> None:
+    """Join each decision's state features point in time from Feast, and fill the online store."""
+    from components.features.point_in_time import join_features
+
+    with _shown(run, "features"):
+        join_features(run.job.spec, run.path("timeline"), run.path("features"))
+
+
+@_job_command("normalize")
+def normalize(run: Run) -> None:
+    """Identify each feature and write the normalization spec."""
+    from components.normalization.identify import identify_features
+
+    with _shown(run, "normalization"):
+        identify_features(run.job.spec, run.path("features"), run.path("normalization"))
+
+
+@_job_command("train")
+def train(run: Run) -> None:
+    """Train the job's algorithm with TorchX on as many workers as it says."""
+    from components.training.launch import train as launch
+
+    with _shown(run, "training"):
+        launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"))
+
+
+@_job_command("evaluate")
+def evaluate(run: Run) -> None:
+    """Estimate from the held-out log what each epoch's policy would have earned, and judge the last by the gate."""
+    from components.evaluation.evaluate import evaluate as estimate
+
+    with _shown(run, "evaluation"):
+        estimate(run.job.spec, run.path("features"), run.path("training"), run.path("evaluation"))
+
+
+@_job_command("export")
+def export(run: Run) -> None:
+    """Export the policy to ONNX, check it against torch, and lay out a Triton model repository."""
+    from components.export.repository import export_policy
+
+    with _shown(run, "export"):
+        export_policy(run.job.spec, run.path("features"), run.path("training"), run.path("export"))
+
+
+@_job_command("serve")
+def serve(run: Run) -> None:
+    """Serve the exported policy beside the stable one with Triton and Prometheus, until interrupted.
+
+    All traffic goes to the stable policy until `bluewhale rollout` moves it.
+    """
+    from pipelines.local import export_stable
+    from serving.service import serve as start
+
+    read_record(run.path("export"))
+    candidate = run.path("export") / "model_repository"
+    salt = f"{run.job.metadata.name}-{run.job.spec.seed}"
+    with start(run.path("serving"), export_stable(run), candidate, run.job.spec.deploy.canary, salt) as endpoints:
+        for name, value in vars(endpoints).items():
+            click.echo(f"{name:>14}  {value}")
+        console.print("serving; Ctrl-C ends it", highlight=False)
+        signal.pause()
+
+
+@_job_command("simulate", "bluewhale simulate job.yaml --episodes 200")
+@click.option("--episodes", type=click.IntRange(min=1), help="Stop after as many; without it, until interrupted.")
+@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True, help="Episodes played at once.")
+def simulate(run: Run, episodes: int | None, clients: int) -> None:
+    """Play live traffic: episodes of the environment whose every action is asked of the running service."""
+    from serving.service import read_endpoints
+    from simulation.traffic import Traffic
+
+    endpoints = read_endpoints(run.path("serving"))
+    traffic = Traffic(endpoints.grpc, run.job.spec.seed, clients, episodes)
+    try:
+        with traffic:
+            traffic.wait()
+    finally:
+        click.echo(json.dumps(traffic.counts))
+
+
+@_job_command("rollout")
+def rollout(run: Run) -> None:
+    """Move the running service's traffic to the exported policy in steps, each on evidence, or roll it back."""
+    from serving.rollout import roll_out
+    from serving.service import read_endpoints
+
+    endpoints = read_endpoints(run.path("serving"))
+    with Display(console) as display:
+        display.start("rollout")
+        outcome = roll_out(
+            run.job.spec.deploy.canary,
+            Path(endpoints.state_file),
+            Path(endpoints.decision_log),
+            endpoints.prometheus,
+            progress=lambda share, text: display.progress("rollout", share, 1.0, text),
+        )
+    click.echo(json.dumps(outcome, indent=2))
+    sys.exit(0 if outcome["verdict"] == "promoted" else 4)
+
+
+@contextlib.contextmanager
+def _shown(run: Run, stage: str) -> Iterator[None]:
+    """Show a stage's progress while it works, and its record when it is done."""
+    with Display(console) as display:
+        display.start(stage)
+        progress.listener = lambda done, total, text: display.progress(stage, done, total, text)
+        yield
+    click.echo(json.dumps(read_record(run.path(stage)), indent=2))
+
+
+def _summary(run: Run, seconds: float) -> None:
+    result = run.result
+    colour = "green" if result["verdict"] in ("promoted", "exported") else "red"
+    verdict = f"[bold {colour}]{result['verdict'].replace('_', ' ')}[/]"
+    table = Table(title=f"{result['job']}: {verdict} in {seconds:.0f} s", title_justify="left", show_header=False)
+    counts = result["timeline"]
+    table.add_row("log", f"{counts['rows_in']:,} decisions, {counts['rows_quarantined']:,} quarantined")
+    gate = run.job.spec.evaluation.gate
+    estimate = result["evaluation"][gate.estimator].get(gate.metric)
+    if estimate:
+        relative = ""
+        if estimate["relative"] is not None:
+            relative = f", {estimate['relative']:.2f} x the logged policy"
+        interval = f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]{relative}"
+        table.add_row("estimate", f"{gate.metric} {interval}")
+    table.add_row("gate", f"{result['gate']['verdict']}: {result['gate']['reason']}")
+    if truth := result["evaluation"].get("truth"):
+        policy, behaviour = truth["policy"], truth["behaviour"]
+        table.add_row(
+            "true return",
+            f"{policy['value']:.1f} ± {policy['standard_error']:.1f} over {policy['episodes']} episodes; "
+            f"behaviour policy {behaviour['value']:.1f} ± {behaviour['standard_error']:.1f}",
+        )
+    if outcome := result.get("rollout"):
+        table.add_row("rollout", f"{outcome['verdict'].replace('_', ' ')}: {outcome['reason']}")
+        table.add_row(
+            "requests",
+            f"{outcome['requests']:,}, {outcome['failed_requests']} failed, {outcome['fallbacks']} fallbacks",
+        )
+    table.add_row("report", str(run.directory / "report.html"))
+    console.print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

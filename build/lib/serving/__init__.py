@@ -1,0 +1,1 @@
+"""Policies in service: Triton, the canary, its analysis, and the client."""

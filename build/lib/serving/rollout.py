@@ -1,0 +1,109 @@
+"""The canary: move MDPs from the stable policy to the candidate in steps, each on evidence, or back at once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contracts.job import Canary
+from serving import analysis
+from serving.processes import ServerError
+from serving.prometheus import query
+from serving.triton import read_state, write_state
+
+POLL_SECONDS = 1.0
+ERRORS_TOLERATED = 10
+"""Looks in a row that cannot measure before the rollout gives up."""
+
+
+def roll_out(
+    canary: Canary,
+    state_file: Path,
+    log: Path,
+    prometheus: str,
+    progress: Callable[[float, str], None] = lambda share, text: None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Run the rollout that `state_file` holds to its end; returns {verdict, reason, steps, mixed_mdps}.
+
+    Verdicts: `promoted`, when every check of every step passed; `rolled_back`, when a check failed, a step did not
+    pass in time, or nothing could be measured. Either way the state file holds the new stable policy and no candidate.
+    """
+    returns = analysis.LiveReturns(log, canary.metric)
+    ask = functools.partial(query, prometheus)
+    state = read_state(state_file)
+    candidate = state["candidate"]
+    steps: list[dict[str, Any]] = []
+    began = clock()
+    verdict, reason = "promoted", "every check of every step passed"
+    try:
+        for number, weight in enumerate(canary.weights):
+            step = _Step(weight, clock() - began, returns.arms["candidate"].count, _calls(ask))
+            steps.append(step.record)
+            write_state(state_file, state | {"weight": weight})
+            outcome = ""
+            failures = 0
+            while not outcome:
+                sleep(POLL_SECONDS)
+                returns.read()
+                checks = step.look(returns, canary, ask, clock() - began)
+                progress(
+                    (number + min(1.0, step.new_candidates / canary.minimum_mdps)) / len(canary.weights),
+                    f"weight {weight:.0%}, {step.new_candidates} candidate MDPs, reward {checks[0].verdict}",
+                )
+                verdicts = {check.verdict for check in checks}
+                failures = failures + 1 if "error" in verdicts else 0
+                if "fail" in verdicts:
+                    outcome = "failed"
+                elif failures >= ERRORS_TOLERATED:
+                    outcome = "cannot be measured"
+                elif verdicts == {"pass"}:
+                    outcome = "passed"
+                elif clock() - began - step.record["started"] > canary.step_timeout_seconds:
+                    outcome = "did not pass in time"
+            step.record["outcome"] = outcome
+            if outcome != "passed":
+                verdict = "rolled_back"
+                worst = next(c for c in checks if c.verdict != "pass" and (c.verdict == "fail" or outcome != "failed"))
+                reason = f"at weight {weight:.0%} the check of {worst.name} {outcome}: {worst.message}"
+                break
+    except BaseException:
+        # Interrupted: nobody watches the candidate any longer.
+        write_state(state_file, state | {"candidate": None, "weight": 0.0})
+        raise
+    stable = candidate if verdict == "promoted" else state["stable"]
+    write_state(state_file, state | {"stable": stable, "candidate": None, "weight": 0.0})
+    return {"verdict": verdict, "reason": reason, "steps": steps, "mixed_mdps": returns.mixed}
+
+
+def _calls(ask: Callable[[str], float | None]) -> dict[str, float]:
+    try:
+        return analysis.candidate_calls(ask)
+    except ServerError:
+        return {}
+
+
+class _Step:
+    def __init__(self, weight: float, started: float, candidates: int, calls: dict[str, float]) -> None:
+        self.calls, self.candidates, self.new_candidates = calls, candidates, 0
+        self.record: dict[str, Any] = {"weight": weight, "started": round(started, 1), "looks": []}
+
+    def look(
+        self, returns: analysis.LiveReturns, canary: Canary, ask: Callable[[str], float | None], now: float
+    ) -> list[analysis.Check]:
+        self.new_candidates = returns.arms["candidate"].count - self.candidates
+        checks = [
+            analysis.check_reward(returns, canary, self.new_candidates),
+            analysis.check_errors(ask, canary, self.calls),
+            analysis.check_latency(ask, canary),
+        ]
+        self.record["looks"].append({"time": round(now, 1), "checks": [check.as_dict() for check in checks]})
+        self.record["seconds"] = round(now - self.record["started"], 1)
+        for arm in ("stable", "candidate"):
+            self.record[f"{arm}_mdps"] = returns.arms[arm].count
+            self.record[f"{arm}_mean"] = returns.arms[arm].mean if returns.arms[arm].count else None
+        return checks

@@ -1,0 +1,1 @@
+"""A Gymnasium environment that stands in for the product: it makes logs, plays traffic and knows the truth."""
