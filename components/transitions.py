@@ -44,7 +44,7 @@ class Transitions:
 
     def reward(self, weights: dict[str, float]) -> np.ndarray:
         """float32 [N]: dot product of metrics and weights; `StageError` for a metric that the log does not have."""
-        return self.metrics @ self.weight_vector(weights)
+        return np.asarray(self.metrics @ self.weight_vector(weights))
 
     def weight_vector(self, weights: dict[str, float]) -> np.ndarray:
         """float32 [M]: the weights in the order of `metric_names`."""
@@ -64,7 +64,7 @@ class Transitions:
         return Transitions(self.features, self.actions, self.metric_names, mdp_ids=self.mdp_ids, **arrays)
 
     def split(self, spec: JobSpec) -> tuple[Transitions, Transitions]:
-        """Training and held-out transitions. An MDP's side depends on seed and mdp_id alone; raises when one is empty."""
+        """Training and held-out transitions, by the MDP's hash and the seed; raises when one of them is empty."""
         held_out = np.array(
             [unit_interval(f"holdout-{spec.seed}", m) < spec.data.holdout_fraction for m in self.mdp_ids]
         )

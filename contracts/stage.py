@@ -1,4 +1,4 @@
-"""How a stage leaves its work: finished or not at all, with a record of what was made, from what, and how long it took."""
+"""How a stage leaves its work: finished or not at all, with a record of what it made and how long it took."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def rollout(run: Run, display: Display) -> None:
     assert exported is not None
     settings = {"policy": exported["digest"], "seed": spec.seed, "canary": canary.model_dump(by_alias=True)}
     record = run.record("rollout")
-    if record and record["settings"] == settings:
+    if record and record.get("settings") == settings:
         run.result["rollout"] = {k: v for k, v in record.items() if k not in ("stage", "status", "seconds", "settings")}
         display.finish("rollout", record["seconds"], cached=True)
         return

@@ -74,7 +74,9 @@ def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callabl
             job=training_job, version=version, training_data=joined.output, normalization=normalized.output
         )
         evaluated = evaluation(job=evaluation_job, version=version, training_data=joined.output, policy=trained.output)
-        exported = export(job=export_job, version=version, training_data=joined.output, policy=trained.output)
+        exported = export(job=export_job, version=version, training_data=joined.output, policy=trained.output).after(
+            evaluated
+        )
         return Outputs(
             timeline=transitions.output,
             features=joined.output,
@@ -94,4 +96,4 @@ def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callabl
 def compile_pipeline(job: RLTrainingJob, decision_log: str, path: Path) -> None:
     """Write the pipeline's IR YAML with the job's own parameters as defaults."""
     pipeline = build_pipeline(job.metadata.name, parameters(job.spec, decision_log, ""))
-    compiler.Compiler().compile(pipeline, str(path))  # type: ignore[arg-type]
+    compiler.Compiler().compile(pipeline, str(path))

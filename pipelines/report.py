@@ -14,6 +14,7 @@ matplotlib.use("svg")
 import jinja2
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from components.evaluation.evaluate import REWARD
 from components.normalization.spec import NormalizationSpec
@@ -108,7 +109,7 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, 0.9), max(high, 1.1))
     axis.ticklabel_format(axis="y", useOffset=False)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _losses(losses: list[dict[str, float]]) -> str:

@@ -99,9 +99,7 @@ class TritonServer(Server):
         server = home / "server" / "pytriton" / "tritonserver"
         python = home / "python"
         if not (server / "bin" / "tritonserver").is_file() or not (python / "bin" / "python3").is_file():
-            raise ServerError(
-                f"no Triton server in {home}: run `make install`, or set {HOME_VARIABLE} to where server/ and python/ lie"
-            )
+            raise ServerError(f"no Triton server in {home}: run `make install`, or name its place in {HOME_VARIABLE}")
         grpc_port, http_port, metrics_port = free_ports(3)
         self.grpc_address = f"127.0.0.1:{grpc_port}"
         self.metrics_address = f"127.0.0.1:{metrics_port}"

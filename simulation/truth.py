@@ -16,7 +16,7 @@ FRESH = 1_000_000
 
 
 def true_returns(spec: JobSpec, version: Path) -> dict[str, Any]:
-    """Mean return with its standard error, and mean discounted return, of the exported policy in `version` and of the behaviour policy."""
+    """Mean return, its standard error, and mean discounted return of the exported and of the behaviour policy."""
     assert spec.simulation is not None
     behaviour = behaviour_policy(spec.simulation.behaviour_policy)
     return {"policy": _returns(exported_policy(version), spec), "behaviour": _returns(behaviour, spec)}

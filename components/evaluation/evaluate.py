@@ -36,7 +36,7 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
         held_out, excluded = _whole_mdps(held_out)
         bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir())]
         evaluator = _Evaluator(spec, train, held_out, bundles[-1])
-        epochs = []
+        epochs: list[dict[str, Any]] = []
         for number, bundle in enumerate(bundles, 1):
             epochs.append({"epoch": number, "estimates": evaluator.estimate(bundle)})
             wsdr = epochs[-1]["estimates"]["weighted_sequential_doubly_robust"]

@@ -13,6 +13,7 @@ from components.training.network import QNetwork
 from components.transitions import Transitions
 
 BATCH = 512
+TARGET_UPDATE_RATE = 0.05
 
 
 class FittedQ:
@@ -60,7 +61,7 @@ class FittedQ:
             self.optimizer.step()
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.network.parameters(), strict=True):
-                    slow.lerp_(fast, 0.01)
+                    slow.lerp_(fast, TARGET_UPDATE_RATE)
 
     def predict(self, state: np.ndarray) -> np.ndarray:
         """Action values per metric, float64 [N, A, M]."""

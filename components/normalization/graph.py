@@ -70,7 +70,8 @@ class NormalizationGraph(nn.Module):
             missing = torch.isnan(x)
             y = getattr(self, f"_{type_}")(torch.nan_to_num(x, nan=0.0, posinf=3e38, neginf=-3e38))
             if type_ == "enum":
-                missing = missing.repeat_interleave(self.enum_values.shape[1], 1).index_select(1, self.enum_used)
+                missing = missing.repeat_interleave(self.get_buffer("enum_values").shape[1], 1)
+                missing = missing.index_select(1, self.get_buffer("enum_used"))
             parts.append(torch.where(missing, torch.zeros_like(y), y))
         return torch.cat(parts, 1).clamp(-CLAMP, CLAMP)
 
@@ -88,26 +89,26 @@ class NormalizationGraph(nn.Module):
         return self._standardize("probability", torch.log(p / (1 - p)))
 
     def _box_cox(self, x: Tensor) -> Tensor:
-        positive = (x.double() + self.box_cox_shift).clamp(min=1e-12).float()
+        positive = (x.double() + self.get_buffer("box_cox_shift")).clamp(min=1e-12).float()
         log = torch.log(positive)
-        lam = self.box_cox_lambda
+        lam = self.get_buffer("box_cox_lambda")
         near_zero = lam.abs() < 1e-6
         safe = torch.where(near_zero, torch.ones_like(lam), lam)
         power = torch.expm1((safe * log).clamp(-80.0, 80.0)) / safe
         return self._standardize("box_cox", torch.where(near_zero, log, power))
 
     def _quantile(self, x: Tensor) -> Tensor:
-        edges = self.quantile_edges
+        edges, last = self.get_buffer("quantile_edges"), self.get_buffer("quantile_last")
         at_or_under = (x.unsqueeze(2) >= edges).to(x.dtype).sum(2)
         lower = (at_or_under - 1).clamp(min=0.0)
-        lower = torch.minimum(lower, self.quantile_last - 1)
+        lower = torch.minimum(lower, last - 1)
         index = lower.long()
         expanded = edges.unsqueeze(0).expand(x.shape[0], -1, -1)
         low = expanded.gather(2, index.unsqueeze(2)).squeeze(2)
         high = expanded.gather(2, index.unsqueeze(2) + 1).squeeze(2)
         place = ((x - low) / (high - low).clamp(min=1e-30)).clamp(0.0, 1.0)
-        return 2 * (lower + place) / self.quantile_last - 1
+        return 2 * (lower + place) / last - 1
 
     def _enum(self, x: Tensor) -> Tensor:
-        hot = (x.unsqueeze(2) == self.enum_values).to(x.dtype)
-        return hot.flatten(1).index_select(1, self.enum_used)
+        hot = torch.eq(x.unsqueeze(2), self.get_buffer("enum_values")).to(x.dtype)
+        return hot.flatten(1).index_select(1, self.get_buffer("enum_used"))

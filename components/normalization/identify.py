@@ -37,7 +37,7 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
         ).collect()[0]
         fraction = min(1.0, spec.normalization.sample_rows / max(1, summary["rows"]))
         report(1, 2, "sample")
-        sample = data if fraction == 1.0 else data.sample(fraction, seed=spec.seed)
+        sample = data if fraction == 1.0 else data.sample(fraction=fraction, seed=spec.seed)
         columns = sample.toArrow()
         found: list[FeatureNormalization] = []
         dropped: dict[str, str] = {}

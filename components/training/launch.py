@@ -57,5 +57,5 @@ def _follow(runner: Runner, handle: str, logs: Path) -> None:
     if status is None or status.state != AppState.SUCCEEDED:
         message = f"training: the workers ended as {status.state.name if status else 'unknown'}"
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            message += f": {json.loads(status.structured_error_msg)['message']['message']}"  # type: ignore[union-attr]
+            message += f": {json.loads(status.structured_error_msg)['message']['message']}"
         raise StageError(f"{message}\n  the workers' logs are in {logs}")

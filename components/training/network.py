@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +31,7 @@ class QNetwork(nn.Module):
             raise ValueError("a dueling network has one output per action")
         self.normalization = NormalizationGraph(normalization)
         widths = [self.normalization.outputs, *hidden_layers]
-        self.body = nn.Sequential(
-            *[m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
-        )
+        self.body = nn.Sequential(*[m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())])
         self.advantage = nn.Linear(widths[-1], actions * (outputs or 1))
         self.value = nn.Linear(widths[-1], 1) if dueling else None
         self.shape = (actions, outputs) if outputs else (actions,)

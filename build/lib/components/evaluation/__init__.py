@@ -1,1 +1,0 @@
-"""Policy bundles + held-out transitions -> counterfactual estimates and a gate's verdict."""

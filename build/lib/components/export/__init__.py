@@ -1,1 +1,0 @@
-"""A policy -> ONNX -> a Triton model repository."""

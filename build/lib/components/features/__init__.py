@@ -1,1 +1,0 @@
-"""Transitions -> transitions with point-in-time state features."""

@@ -1,1 +1,0 @@
-"""Feature values -> a normalization spec, and the graph that applies it."""

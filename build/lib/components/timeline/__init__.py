@@ -1,1 +1,0 @@
-"""Decision log -> transitions."""

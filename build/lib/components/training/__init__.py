@@ -1,1 +1,0 @@
-"""Training data + normalization spec -> a policy bundle."""

@@ -1,1 +1,0 @@
-"""Policies in service: Triton, the canary, its analysis, and the client."""
