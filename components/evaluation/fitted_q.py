@@ -22,12 +22,15 @@ class FittedQ:
     Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'). With discount 0 this is the
     regression of the metrics themselves, the direct method's model. Fits go on from the one before, so that the policy
     of the next epoch needs few steps.
+
+    Off the log's beaten track such a fit can run away. Layer normalization bounds what it says there (Ball et al. 2023,
+    arXiv 2302.02948, section 4.2), and no value is followed beyond what the metric's logged extremes would sum to.
     """
 
     def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: float, seed: int) -> None:
         torch.manual_seed(seed)
         metrics = len(data.metric_names)
-        self.network = QNetwork(normalization, len(data.actions), [128, 128], outputs=metrics)
+        self.network = QNetwork(normalization, len(data.actions), [128, 128], outputs=metrics, layer_norm=True)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
@@ -42,6 +45,11 @@ class FittedQ:
         # Metrics differ in size by orders of magnitude; each is fitted in units of its own spread.
         self.scale = self.metrics.std(0).clamp(min=1e-3) if len(data) > 1 else torch.ones(metrics)
 
+        forever = 1 / (1 - discount) if discount < 1 else torch.inf
+        scaled = self.metrics / self.scale
+        self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
+        self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
+
     def fit(self, policy: np.ndarray, steps: int) -> None:
         """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
         probabilities = torch.from_numpy(policy).float()
@@ -52,6 +60,7 @@ class FittedQ:
                 following = self.next_row[rows]
                 with torch.no_grad():
                     value = (self.target(self.state[following]) * probabilities[following].unsqueeze(2)).sum(1)
+                    value = torch.minimum(torch.maximum(value, self.lowest), self.highest)
                 wanted = wanted + self.discount * self.continues[rows] * value
             q = self.network(self.state[rows])[torch.arange(BATCH), self.action[rows]]
             # Squared, not Huber's, whose minimum is not the mean: a rare event would be estimated as none.

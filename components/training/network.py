@@ -25,13 +25,17 @@ class QNetwork(nn.Module):
         hidden_layers: list[int],
         dueling: bool = False,
         outputs: int | None = None,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         if dueling and outputs:
             raise ValueError("a dueling network has one output per action")
         self.normalization = NormalizationGraph(normalization)
         widths = [self.normalization.outputs, *hidden_layers]
-        self.body = nn.Sequential(*[m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())])
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
         self.advantage = nn.Linear(widths[-1], actions * (outputs or 1))
         self.value = nn.Linear(widths[-1], 1) if dueling else None
         self.shape = (actions, outputs) if outputs else (actions,)

@@ -1,0 +1,170 @@
+"""Each type of feature is recognized in a sample of it, and the sample is brought to unit scale."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from components.normalization.graph import CLAMP, NormalizationGraph
+from components.normalization.identify import box_cox, identify, normality
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from contracts.job import Normalization
+
+LIMITS = Normalization()
+N = 20_000
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def bimodal(scale: float = 1.0) -> np.ndarray:
+    """Far from normal in a way that no Box-Cox transform mends, and symmetric about 0."""
+    return np.concatenate([rng().normal(-5, 1, N // 2), rng().normal(5, 1, N // 2)]) * scale
+
+
+def found(values: np.ndarray, override: str | None = None, limits: Normalization = LIMITS) -> FeatureNormalization:
+    return identify("x", values, {"count": float(len(values)), "missing": 3.0}, limits, override)
+
+
+def normalized(feature: FeatureNormalization, values: np.ndarray) -> np.ndarray:
+    graph = NormalizationGraph(NormalizationSpec(inputs=["x"], features=[feature]))
+    return graph(torch.from_numpy(values.astype(np.float32)[:, None])).numpy()
+
+
+@pytest.mark.parametrize(
+    ("values", "type_"),
+    [
+        (rng().integers(0, 2, N), "binary"),
+        (rng().integers(0, 5, N), "enum"),
+        (rng().integers(1, 3, N), "enum"),
+        (-rng().integers(0, 4, N), "enum"),
+        (rng().choice([-100.0, 0.0, 7.0], N), "enum"),
+        (rng().beta(2, 5, N), "probability"),
+        (rng().choice([0.0, 0.5, 1.0], N), "probability"),
+        (rng().normal(3, 2, N), "continuous"),
+        (rng().normal(0, 1e-3, N), "continuous"),
+        (rng().normal(-1e6, 10, N), "continuous"),
+        (rng().lognormal(2, 1, N), "box_cox"),
+        (rng().lognormal(0, 1, N) * 1e-3 - 1.0, "box_cox"),
+        (-(rng().lognormal(2, 0.2, N) ** -4), "quantile"),
+        (bimodal(), "quantile"),
+        (rng().integers(0, 11, N), "continuous"),
+    ],
+)
+def test_a_type_is_recognized(values: np.ndarray, type_: str) -> None:
+    feature = found(values.astype(np.float64))
+    assert feature.type == type_, feature.how
+    assert feature.how
+
+
+def test_an_integer_with_more_values_than_an_enum_may_have_is_no_enum() -> None:
+    values = rng().integers(0, 10, N).astype(np.float64)
+    assert found(values).type == "enum"
+    assert found(values, limits=Normalization(max_enum_values=9)).type != "enum"
+
+
+def test_the_evidence_is_what_the_sample_shows() -> None:
+    values = rng().lognormal(2, 1, N)
+    evidence = found(values).evidence
+    assert evidence["count"] == N
+    assert evidence["missing"] == 3
+    assert evidence["minimum"] == values.min()
+    assert evidence["maximum"] == values.max()
+    assert evidence["mean"] == pytest.approx(values.mean())
+    assert evidence["stddev"] == pytest.approx(values.std())
+    assert evidence["skewness"] == pytest.approx(stats.skew(values))
+    assert evidence["k2"] == pytest.approx(stats.normaltest(values).statistic)
+
+
+def test_the_reason_names_the_figures_that_decided() -> None:
+    assert "is under 1000" in found(rng().normal(size=N)).how
+    assert "lambda" in found(rng().lognormal(2, 1, N)).how
+    assert "5 distinct integers" in found(rng().integers(0, 5, N).astype(float)).how
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        rng().normal(3, 2, N),
+        rng().normal(0, 1e-3, N),
+        rng().normal(1e3, 1, N),
+        rng().lognormal(2, 1, N),
+        rng().lognormal(0, 1, N) * 1e-3 - 1.0,
+        rng().beta(2, 5, N),
+        rng().normal(0.5, 1e-3, N),
+    ],
+)
+def test_a_scaled_feature_has_mean_zero_and_unit_variance(values: np.ndarray) -> None:
+    feature = found(values)
+    assert feature.type in ("continuous", "box_cox", "probability")
+    result = normalized(feature, values)
+    assert result.mean() == pytest.approx(0, abs=0.03)
+    assert result.std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_a_feature_by_quantiles_spreads_evenly_whatever_its_scale(scale: float) -> None:
+    values = bimodal(scale)
+    result = normalized(found(values), values)[:, 0]
+    assert np.histogram(result, 10, (-1, 1))[0] / N == pytest.approx([0.1] * 10, abs=0.01)
+
+
+def test_box_cox_makes_a_lognormal_feature_normal() -> None:
+    values = rng().lognormal(2, 1, N)
+    feature = found(values)
+    assert feature.box_cox_lambda == pytest.approx(0, abs=0.05)
+    result = normalized(feature, values)[:, 0]
+    assert normality(result) < normality(values) / 100
+
+
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        ("binary", rng().normal(size=N)),
+        ("probability", rng().normal(size=N)),
+        ("continuous", rng().lognormal(2, 1, N)),
+        ("box_cox", rng().normal(size=N)),
+        ("quantile", rng().integers(0, 2, N).astype(float)),
+        ("enum", rng().choice([0.25, 0.5], N)),
+    ],
+)
+def test_a_type_set_by_hand_is_kept(override: str, values: np.ndarray) -> None:
+    feature = found(values, override)
+    assert feature.type == override
+    assert feature.how == "set by hand"
+    result = normalized(feature, values)
+    assert np.isfinite(result).all()
+    assert np.ptp(result) > 0
+
+
+def test_a_probability_that_is_hardly_ever_not_extreme_keeps_a_finite_scale() -> None:
+    feature = found(np.append(np.zeros(N), 1e-6))
+    assert feature.type == "probability"
+    assert np.isfinite(normalized(feature, np.array([0, 1e-6, 0.5, 1]))).all()
+
+
+def test_small_samples_are_taken_as_normal() -> None:
+    assert normality(np.array([1.5, 2.5, 100.0])) == 0
+    assert found(np.array([1.5, -2.5, 100.0])).type == "continuous"
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0, 1e9])
+def test_box_cox_of_a_feature_does_not_depend_on_its_unit(scale: float) -> None:
+    values = (rng().lognormal(0, 1, N) - 1) * scale
+    feature = found(values, "box_cox")
+    result = normalized(feature, values)[:, 0]
+    assert result.std() == pytest.approx(1, abs=0.05)
+    assert (np.abs(result) < CLAMP).mean() > 0.999
+
+
+@pytest.mark.parametrize("lam", [-0.5, 0.0, 0.5])
+def test_box_cox_finds_the_exponent(lam: float) -> None:
+    normal = rng().normal(10 if lam else 0, 0.5, N)
+    values = np.exp(normal) if lam == 0 else normal ** (1 / lam)
+    assert box_cox(values, 0.0)[0] == pytest.approx(lam, abs=0.1)
+
+
+def test_box_cox_leaves_a_positive_shifted_sample() -> None:
+    feature = found(rng().lognormal(2, 1, N) - 50)
+    assert feature.evidence["minimum"] + feature.box_cox_shift > 0

@@ -1,0 +1,200 @@
+"""The job file: what is accepted, and what is said of a file that is not."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
+
+EXAMPLES = Path(__file__).parents[2] / "manifests" / "examples"
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return yaml.safe_load((EXAMPLES / "cartpole.yaml").read_text())
+
+
+def change(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of the document with `value` at the dotted path; ... removes what is there."""
+    changed = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    section = changed
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    return changed
+
+
+def message(tmp_path: Path, document: Any) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cartpole", "cartpole-harmful"])
+def test_the_example_jobs_load(name: str) -> None:
+    job = load_job(EXAMPLES / f"{name}.yaml")
+    assert job.metadata.name == name
+    assert job.spec.actions == ["left", "right"]
+
+
+def test_a_job_needs_no_more_than_actions_and_data(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "apiVersion: bluewhale.io/v1alpha1\nkind: RLTrainingJob\nmetadata: {name: small}\n"
+        "spec: {actions: [a, b], data: {decisionLog: log.parquet}}\n"
+    )
+    assert load_job(path).spec.reward.discount == 0.99
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("spec.algorithm.dqn.learningRate", "fast", ["spec.algorithm.dqn.learningRate", "valid number", "'fast'"]),
+        ("spec.algorithm.dqn.learningRate", 0, ["spec.algorithm.dqn.learningRate", "greater than 0"]),
+        ("spec.algorithm.dqn.hiddenLayers", [64, 0], ["spec.algorithm.dqn.hiddenLayers.1", "greater than or equal"]),
+        ("spec.reward.discount", float("nan"), ["spec.reward.discount", "finite"]),
+        ("spec.reward.discount", 1.5, ["spec.reward.discount", "less than or equal to 1", "1.5"]),
+        ("spec.reward.metricWeights", {"balanced": float("inf")}, ["spec.reward.metricWeights.balanced", "finite"]),
+        ("spec.data.lastStep", "end", ["spec.data.lastStep", "'terminal'", "'truncated'", "'column'", "'end'"]),
+        ("spec.evaluation.gate.estimator", "is", ["spec.evaluation.gate.estimator", "'stepwise_doubly_robust'"]),
+        ("spec.export.backend", "tensorrt", ["spec.export.backend", "'python'", "'onnxruntime'"]),
+        ("spec.simulation.environment", "Pong", ["spec.simulation.environment", "'CartPole-v1'"]),
+        ("spec.normalization.overrides", {"x": "log"}, ["spec.normalization.overrides.x", "'box_cox'"]),
+        ("spec.actions", ["only"], ["spec.actions", "at least 2"]),
+        ("spec.actions", ..., ["spec.actions", "required"]),
+        ("spec.simulation.behaviourPolicy", ..., ["spec.simulation.behaviourPolicy", "required"]),
+        ("spec.deploy", [1], ["spec.deploy", "dictionary"]),
+        ("metadata.name", "Not_A_Name", ["metadata.name", "a-z0-9", "'Not_A_Name'"]),
+        ("metadata.name", "x" * 53, ["metadata.name", "at most 52"]),
+        ("kind", "Job", ["kind", "'RLTrainingJob'", "'Job'"]),
+        ("apiVersion", "v1", ["apiVersion", "'bluewhale.io/v1alpha1'"]),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_full_path_with_what_is_allowed(
+    tmp_path: Path, document: dict[str, Any], path: str, value: Any, said: list[str]
+) -> None:
+    text = message(tmp_path, change(document, path, value))
+    for part in said:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("path", "meant", "allowed"),
+    [
+        ("spec.algorithm.dqn.lerningRate", "learningRate", "double, dueling, hiddenLayers, learningRate"),
+        ("spec.deploy.canary.weight", "weights", "deadlineMs, maxErrorFraction"),
+        ("spec.simulation.behaviourPolicy.wieghts", "weights", "exploration, weights"),
+        ("metadata.labls", "labels", "annotations, labels, name, namespace"),
+        ("specc", "spec", "apiVersion, kind, metadata, spec"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_nearest_and_all_allowed_fields(
+    tmp_path: Path, document: dict[str, Any], path: str, meant: str, allowed: str
+) -> None:
+    text = message(tmp_path, change(document, path, 1))
+    assert f"{path}: unknown field" in text
+    assert f"did you mean {meant}?" in text
+    assert allowed in text
+
+
+def test_an_unknown_field_like_no_other_gets_no_suggestion(tmp_path: Path, document: dict[str, Any]) -> None:
+    text = message(tmp_path, change(document, "spec.algorithm.ppo", {}))
+    assert "spec.algorithm.ppo: unknown field" in text
+    assert "did you mean" not in text
+    assert "Allowed here: dqn" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spec.actions": ["left", "left"]}, ["spec", "actions", "distinct"]),
+        ({"spec.deploy.canary.weights": [0.5, 0.1]}, ["spec.deploy.canary", "weights [0.5, 0.1]", "rise"]),
+        ({"spec.deploy.canary.weights": [0.5, 0.5]}, ["spec.deploy.canary", "weights [0.5, 0.5]", "rise"]),
+        ({"spec.training.batchSize": 511}, ["spec.training", "batchSize 511", "multiple of workers 2"]),
+        ({"spec.data.decisionLog": "log.parquet"}, ["spec", "simulation", "data.decisionLog", "either"]),
+        ({"spec.simulation": ...}, ["spec.data.decisionLog", "missing", "spec.simulation"]),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_named(
+    tmp_path: Path, document: dict[str, Any], changes: dict[str, Any], said: list[str]
+) -> None:
+    for path, value in changes.items():
+        document = change(document, path, value)
+    text = message(tmp_path, document)
+    for part in said:
+        assert part in text
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path, document: dict[str, Any]) -> None:
+    for path, value in {
+        "spec.algorithm.dqn.lerningRate": 1,
+        "spec.reward.discount": 2,
+        "spec.training.epochs": "many",
+        "metadata.name": ...,
+    }.items():
+        document = change(document, path, value)
+    text = message(tmp_path, document)
+    for path in ("spec.algorithm.dqn.lerningRate", "spec.reward.discount", "spec.training.epochs", "metadata.name"):
+        assert f"\n  {path}: " in text
+
+
+def test_what_is_not_yaml_is_said_to_be_so(tmp_path: Path) -> None:
+    assert "not valid YAML" in message(tmp_path, "spec: [1, 2\nkind: {")
+
+
+@pytest.mark.parametrize(("text", "found"), [("- a\n- b\n", "list"), ("just words", "str"), ("", "NoneType")])
+def test_what_is_not_a_mapping_is_said_to_be_so(tmp_path: Path, text: str, found: str) -> None:
+    assert f"expected an RLTrainingJob, found {found}" in message(tmp_path, text)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"nowhere\.yaml: no such job file"):
+        load_job(tmp_path / "nowhere.yaml")
+
+
+def test_a_directory_is_not_a_job_file(tmp_path: Path) -> None:
+    with pytest.raises(JobError):
+        load_job(tmp_path)
+
+
+def test_a_file_that_is_not_text_is_not_a_job_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(JobError):
+        load_job(path)
+
+
+def test_the_online_store_passes_further_keys_on(tmp_path: Path, document: dict[str, Any]) -> None:
+    document = change(document, "spec.features", {"onlineStore": {"type": "redis", "connection_string": "h:1"}})
+    store = RLTrainingJob.model_validate(document).spec.features.online_store
+    assert store.model_dump() == {"type": "redis", "connection_string": "h:1"}
+
+
+def test_sections_of_a_job_round_trip_without_the_others(document: dict[str, Any]) -> None:
+    spec = RLTrainingJob.model_validate(document).spec
+    read = JobSpec.model_validate_json(spec.only("reward", "training"))
+    assert (read.actions, read.seed, read.reward, read.training) == (
+        spec.actions,
+        spec.seed,
+        spec.reward,
+        spec.training,
+    )
+    assert read.simulation is None
+    assert read.algorithm == JobSpec(actions=["a", "b"]).algorithm != spec.algorithm
+
+
+def test_a_stage_is_not_made_stale_by_sections_that_it_does_not_read(document: dict[str, Any]) -> None:
+    spec = RLTrainingJob.model_validate(document).spec
+    other = RLTrainingJob.model_validate(change(document, "spec.deploy.canary.minimumMdps", 99)).spec
+    assert spec.only("reward", "data") == other.only("reward", "data")
+    assert spec.only("deploy") != other.only("deploy")
