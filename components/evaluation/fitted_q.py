@@ -42,8 +42,9 @@ class FittedQ:
         self.metrics = torch.from_numpy(data.metrics)
         self.next_row = torch.from_numpy(data.next_row)
         self.continues = torch.from_numpy(~data.terminal).float().unsqueeze(1)
-        # Metrics differ in size by orders of magnitude; each is fitted in units of its own spread.
-        self.scale = self.metrics.std(0).clamp(min=1e-3) if len(data) > 1 else torch.ones(metrics)
+        # Metrics differ in size by orders of magnitude; each is fitted in units of its own root mean square.
+        size = self.metrics.square().mean(0).sqrt()
+        self.scale = torch.where(size > 0, size, 1.0)
 
         forever = 1 / (1 - discount) if discount < 1 else torch.inf
         scaled = self.metrics / self.scale

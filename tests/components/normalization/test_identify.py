@@ -1,17 +1,83 @@
 """Each type of feature is recognized in a sample of it, and the sample is brought to unit scale."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
 
 from components.normalization.graph import CLAMP, NormalizationGraph
-from components.normalization.identify import box_cox, identify, normality
+from components.normalization.identify import box_cox, identify, identify_features, normality
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from contracts.job import Normalization
+from contracts.job import JobSpec, Normalization
+from contracts.stage import StageError, read_record, stage
 
 LIMITS = Normalization()
 N = 20_000
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The features stage's directory, with features of all sorts."""
+    root = tmp_path_factory.mktemp("features")
+    columns = {
+        "speed": rng().normal(3, 2, 500),
+        "flag": rng().integers(0, 2, 500).astype(float),
+        "holed": np.where(rng().random(500) < 0.2, np.nan, rng().normal(0, 1, 500)),
+        "constant": np.full(500, 4.0),
+        "half_constant": np.where(rng().random(500) < 0.5, np.nan, 4.0),
+        "never": np.full(500, np.nan),
+    }
+    with stage("features", root / "all") as (directory, facts):
+        table = pa.table({f"state_{n}": pa.array(v, pa.float64(), from_pandas=True) for n, v in columns.items()})
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts["features"] = list(columns)
+    return root / "all"
+
+
+@pytest.fixture(scope="module")
+def identified(written: Path) -> NormalizationSpec:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARK_MASTER", "local[1]")
+        identify_features(job(overrides={"flag": "enum"}), written, written.parent / "out")
+    assert read_record(written.parent / "out")["types"]["speed"] == "continuous"
+    return NormalizationSpec.read(written.parent / "out" / "spec.json")
+
+
+def job(**normalization: object) -> JobSpec:
+    return JobSpec.model_validate({"actions": ["a", "b"], "normalization": normalization})
+
+
+class TestTheStage:
+    def test_features_that_carry_nothing_are_dropped_with_the_reason(self, identified: NormalizationSpec) -> None:
+        assert identified.dropped == {
+            "constant": "constant at 4",
+            "half_constant": "constant at 4",
+            "never": "never present",
+        }
+
+    def test_the_others_are_identified_or_set_by_hand(self, identified: NormalizationSpec) -> None:
+        types = {f.name: f.type for f in identified.features}
+        assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous"}
+
+    def test_dropped_features_stay_inputs(self, identified: NormalizationSpec) -> None:
+        assert identified.inputs == ["speed", "flag", "holed", "constant", "half_constant", "never"]
+
+    def test_present_and_missing_values_are_counted(self, identified: NormalizationSpec) -> None:
+        holed = next(f for f in identified.features if f.name == "holed")
+        assert holed.evidence["count"] + holed.evidence["missing"] == 500
+        assert 50 < holed.evidence["missing"] < 150
+
+    def test_an_override_of_no_feature_is_refused(
+        self, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SPARK_MASTER", "local[1]")
+        with pytest.raises(StageError, match=r"normalization\.overrides\.sped: no such feature; there are speed, flag"):
+            identify_features(job(overrides={"sped": "enum"}), written, tmp_path / "out")
 
 
 def rng() -> np.random.Generator:
@@ -49,7 +115,8 @@ def normalized(feature: FeatureNormalization, values: np.ndarray) -> np.ndarray:
         (rng().lognormal(0, 1, N) * 1e-3 - 1.0, "box_cox"),
         (-(rng().lognormal(2, 0.2, N) ** -4), "quantile"),
         (bimodal(), "quantile"),
-        (rng().integers(0, 11, N), "continuous"),
+        (rng().integers(0, 11, N), "quantile"),
+        (rng().binomial(40, 0.5, N), "continuous"),
     ],
 )
 def test_a_type_is_recognized(values: np.ndarray, type_: str) -> None:
@@ -121,7 +188,7 @@ def test_box_cox_makes_a_lognormal_feature_normal() -> None:
 @pytest.mark.parametrize(
     ("override", "values"),
     [
-        ("binary", rng().normal(size=N)),
+        ("binary", rng().integers(0, 3, N).astype(float)),
         ("probability", rng().normal(size=N)),
         ("continuous", rng().lognormal(2, 1, N)),
         ("box_cox", rng().normal(size=N)),
@@ -142,6 +209,13 @@ def test_a_probability_that_is_hardly_ever_not_extreme_keeps_a_finite_scale() ->
     feature = found(np.append(np.zeros(N), 1e-6))
     assert feature.type == "probability"
     assert np.isfinite(normalized(feature, np.array([0, 1e-6, 0.5, 1]))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-3])
+def test_a_small_positive_feature_still_tells_its_values_apart(scale: float) -> None:
+    values = rng().uniform(1, 5, N) * scale
+    result = normalized(found(values), values)[:, 0]
+    assert np.corrcoef(stats.rankdata(values), stats.rankdata(result))[0, 1] > 0.9
 
 
 def test_small_samples_are_taken_as_normal() -> None:

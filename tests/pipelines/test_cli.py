@@ -1,0 +1,98 @@
+"""The command's manners: help with examples, clear errors before anything starts, stable exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from kfp import dsl
+
+from contracts.job import load_job
+from pipelines import reaper
+from pipelines.cli import main
+from pipelines.pipeline import SECTIONS, STAGES, parameters
+
+EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
+COMMANDS = (
+    "run compile log timeline features normalize train evaluate export serve rollout simulate".split()
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Invoke the command in an empty directory, without a watcher of its own."""
+    monkeypatch.setenv(reaper.MARK, "test")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(run, command):
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert f"bluewhale {command}" in done.output
+    assert "Example:" in done.output
+
+
+def test_a_wrong_field_stops_the_run_before_anything_starts(run, tmp_path):
+    job = yaml.safe_load(EXAMPLE.read_text())
+    job["spec"]["training"]["epoch"] = job["spec"]["training"].pop("epochs")
+    job["spec"]["reward"]["discount"] = "high"
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    done = run("run", "job.yaml")
+    assert done.exit_code == 2
+    assert "spec.training.epoch: unknown field; did you mean epochs?" in done.stderr
+    assert "spec.reward.discount: input should be a valid number" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_simulation_that_does_not_fit_the_job_is_refused(run, tmp_path):
+    job = yaml.safe_load(EXAMPLE.read_text())
+    job["spec"]["actions"] = ["up", "down"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    done = run("log", "job.yaml")
+    assert done.exit_code == 2
+    assert "spec.actions" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["features", "normalize", "train", "evaluate", "export", "serve"])
+def test_a_stage_without_the_one_before_says_so(run, command):
+    done = run(command, EXAMPLE)
+    assert done.exit_code == 1
+    assert "run the stage before this one" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["simulate", "rollout"])
+def test_traffic_and_rollout_want_a_running_service(run, command):
+    done = run(command, EXAMPLE)
+    assert done.exit_code == 1
+    assert "start one with `bluewhale serve`" in done.stderr
+
+
+def test_compile_writes_the_six_stages_as_kfp_components(run, tmp_path):
+    done = run("compile", EXAMPLE, "--output", "pipeline.yaml")
+    assert done.exit_code == 0, done.output
+    compiled = yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
+    assert set(compiled["root"]["dag"]["tasks"]) == set(STAGES)
+    defaults = compiled["root"]["inputDefinitions"]["parameters"]
+    assert json.loads(defaults["training_job"]["defaultValue"])["training"]["workers"] == 2
+    assert "pip install" not in (tmp_path / "pipeline.yaml").read_text()
+
+
+def test_a_stage_is_given_only_what_it_reads(run):
+    given = parameters(load_job(EXAMPLE).spec, "log.parquet", "v")
+    for stage in STAGES:
+        sections = set(json.loads(given[f"{stage}_job"])) - {"actions", "seed"}
+        assert sections == set(SECTIONS[stage])
+
+
+def test_kfp_reads_each_component_s_documentation():
+    from components.training.component import training
+
+    assert isinstance(training, dsl.base_component.BaseComponent)
+    inputs = training.component_spec.inputs
+    assert {"job", "version", "training_data", "normalization"} == set(inputs)
