@@ -30,6 +30,7 @@ class Transitions:
     returns: np.ndarray  # float32 [N, M], discounted sums to the MDP's last logged step
     terminal: np.ndarray  # bool [N]
     truncated: np.ndarray  # bool [N], what followed is not known: no transition to learn from
+    ordinal: np.ndarray  # int64 [N], 1-based place among all decisions of the MDP, rejected ones counted
     mdp: np.ndarray  # int64 [N], index of the MDP
     mdp_ids: list[str]
 
@@ -59,7 +60,18 @@ class Transitions:
 
     def select(self, rows: np.ndarray) -> Transitions:
         """The given rows; they must keep MDPs whole and in order."""
-        fields = ("state", "action", "propensity", "possible", "metrics", "returns", "terminal", "truncated", "mdp")
+        fields = (
+            "state",
+            "action",
+            "propensity",
+            "possible",
+            "metrics",
+            "returns",
+            "terminal",
+            "truncated",
+            "ordinal",
+            "mdp",
+        )
         arrays = {name: getattr(self, name)[rows] for name in fields}
         return Transitions(self.features, self.actions, self.metric_names, mdp_ids=self.mdp_ids, **arrays)
 
@@ -109,6 +121,7 @@ def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
         returns=returns,
         terminal=table["terminal"].to_numpy(),
         truncated=table["truncated"].to_numpy(),
+        ordinal=table["ordinal"].to_numpy().astype(np.int64),
         mdp=ids.indices.to_numpy().astype(np.int64),
         mdp_ids=ids.dictionary.to_pylist(),
     )
@@ -133,5 +146,5 @@ def _map_columns(column: pa.ChunkedArray, names: list[str] | None = None) -> tup
     rows = np.repeat(np.arange(len(maps)), counts)
     columns = pc.index_in(keys, value_set=pa.array(names, pa.string())).fill_null(-1).to_numpy()
     known = columns >= 0
-    values[rows[known], columns[known]] = maps.items.slice(start, stop - start).to_numpy()[known]
+    values[rows[known], columns[known]] = maps.items.slice(start, stop - start).fill_null(0.0).to_numpy()[known]
     return names, values

@@ -36,9 +36,7 @@ class JobError(ValueError):
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(
-        alias_generator=to_camel, validate_by_name=True, extra="forbid", frozen=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Metadata(Model):
@@ -246,6 +244,8 @@ def load_job(path: str | Path) -> RLTrainingJob:
         document = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise JobError(f"{path}: no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read as a job file: {error}") from None
     except yaml.YAMLError as error:
         raise JobError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

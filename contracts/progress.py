@@ -31,6 +31,6 @@ def parse(line: str) -> tuple[float, float, str] | None:
         return None
     try:
         done, total, text = json.loads(rest)
-    except ValueError:
+        return float(done), float(total), str(text)
+    except (ValueError, TypeError):
         return None
-    return float(done), float(total), str(text)

@@ -83,20 +83,32 @@ def weighted_sequential_doubly_robust(
         log_weight[mdp, step] = np.log(weight)
     # An MDP that has ended keeps its weight: the ratio of every further step is one.
     cumulative = np.cumsum(np.where(np.isnan(log_weight), 0.0, log_weight), axis=1)
-    # Only ratios within a step matter, so scale each step's largest weight to one and nothing overflows.
-    top = cumulative.max(0)
-    rho = np.exp(cumulative - np.where(np.isfinite(top), top, 0.0))
-    before = np.concatenate([np.ones((n, 1)), rho[:, :-1]], axis=1)
+    before = np.concatenate([np.zeros((n, 1)), cumulative[:, :-1]], axis=1)
     factor = discount**step
     gain, value = np.zeros((n, horizon)), np.zeros((n, horizon))
     gain[mdp, step] = factor * (metric - q[rows, action])
     value[mdp, step] = factor * (q * target).sum(1)
-    return _self_normalized(rho, gain, counts) + _self_normalized(before, value, counts)
+    return _self_normalized(cumulative, gain, counts) + _self_normalized(before, value, counts)
 
 
-def _self_normalized(rho: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    weights, sums = counts @ rho, counts @ (rho * values)
-    return np.asarray(np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0).sum(1))
+def _self_normalized(log_weight: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Per replicate, the sum over steps of the weighted mean of `values` [n, T] over the MDPs that it drew."""
+    # Only ratios within a step matter, so each step's largest weight is scaled to one and nothing overflows.
+    scaled = _exp_below_top(log_weight)
+    weights, sums = counts @ scaled, counts @ (scaled * values)
+    means = np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0)
+    # A replicate without the largest may hold only weights that vanish beside it: scale by the largest it has.
+    for b in np.flatnonzero((weights == 0).any(1)):
+        drawn, steps = np.flatnonzero(counts[b]), np.flatnonzero(weights[b] == 0)
+        scaled = _exp_below_top(log_weight[np.ix_(drawn, steps)]) * counts[b, drawn, None]
+        weight, total = scaled.sum(0), (scaled * values[np.ix_(drawn, steps)]).sum(0)
+        means[b, steps] = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    return np.asarray(means.sum(1))
+
+
+def _exp_below_top(log_weight: np.ndarray) -> np.ndarray:
+    top = log_weight.max(0)
+    return np.asarray(np.exp(log_weight - np.where(np.isfinite(top), top, 0.0)))
 
 
 def step_in_mdp(mdp: np.ndarray) -> np.ndarray:

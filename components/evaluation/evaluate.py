@@ -34,6 +34,8 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
         everything = load_transitions(features, spec)
         train, held_out = everything.split(spec)
         held_out, excluded = _whole_mdps(held_out)
+        if spec.evaluation.gate.metric != REWARD:
+            held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir())]
         evaluator = _Evaluator(spec, train, held_out, bundles[-1])
         epochs: list[dict[str, Any]] = []
@@ -181,10 +183,10 @@ def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
 
 
 def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:
-    """The MDPs without a hole in the middle, and how many had one: their later weights cannot be known."""
-    last = np.append(np.diff(data.mdp) != 0, True)
-    holed = np.unique(data.mdp[data.truncated & ~last])
+    """The MDPs without a rejected decision before their last one, and how many had one: their weights are not known."""
+    place = cpe.step_in_mdp(data.mdp) + 1
+    holed = np.unique(data.mdp[data.ordinal != place])
     kept = data.select(np.flatnonzero(~np.isin(data.mdp, holed)))
     if len(kept) == 0:
-        raise StageError("evaluation: every held-out MDP has rejected decisions in its middle; mend the log")
+        raise StageError("evaluation: every held-out MDP has rejected decisions before its last; mend the log")
     return kept, len(holed)

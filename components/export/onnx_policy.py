@@ -42,7 +42,7 @@ class ServedPolicy(nn.Module):
         allowed = torch.where(possible, q_values, torch.full_like(q_values, -1e30))
         propensities = torch.softmax(allowed / self.temperature, 1)
         cumulative = torch.cumsum(propensities, 1)
-        passed = cumulative <= uniform * cumulative[:, -1:]
+        passed = cumulative <= uniform.clamp(max=1 - 2**-24) * cumulative[:, -1:]
         sampled = passed.to(torch.int64).sum(1, keepdim=True).clamp(max=q_values.shape[1] - 1)
         return q_values, allowed.argmax(1, keepdim=True), propensities, sampled
 
@@ -72,8 +72,8 @@ def export_onnx(network: nn.Module, temperature: float, features: int, actions: 
 def check_onnx(policy: ServedPolicy, path: Path, state: np.ndarray, actions: int, seed: int) -> float:
     """Compare the ONNX graph with torch on the given states; returns the largest difference.
 
-    Differences are relative where values exceed 1. Raises `StageError` beyond 1e-5, or when an action differs though
-    its probabilities do not sit on the edge.
+    Differences are relative where values exceed 1. Raises `StageError` beyond 1e-5, or when actions differ in more than
+    one state of a thousand, as they may where two are equally good.
     """
     rng = np.random.default_rng(seed)
     uniform = rng.random((len(state), 1), np.float32)

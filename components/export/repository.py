@@ -60,7 +60,18 @@ def write_version(
 ) -> dict[str, Any]:
     """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
     version = version_of(digest)
-    directory = repository / MODEL / str(version)
+    for other in read_policies(repository).values():
+        if (other["features"], other["actions"]) != (features, actions):
+            raise StageError(
+                f"{repository}: policy {digest[:12]} differs from {other['digest'][:12]} there in features or actions; "
+                "they cannot share a service"
+            )
+    # Written beside its place and moved there whole: a version directory never changes.
+    place = repository / MODEL / str(version)
+    if place.exists():
+        raise FileExistsError(f"{place}: this policy is in the repository already, and a version never changes")
+    directory = place.with_name(f".{version}")
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     path = directory / "model.onnx"
     policy = export_onnx(network, temperature, len(features), len(actions), path)
@@ -78,24 +89,22 @@ def write_version(
         "onnx_digest": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    directory.rename(place)
     write_config(repository, backend)
     return description | {"largest_difference": difference}
 
 
 def read_policies(repository: Path) -> dict[int, dict[str, Any]]:
     """The description of every version in the repository."""
-    files = (repository / MODEL).glob(f"*/{DESCRIPTION}")
+    files = (repository / MODEL).glob(f"[0-9]*/{DESCRIPTION}")
     return {int(f.parent.name): json.loads(f.read_text()) for f in sorted(files)}
 
 
 def write_config(repository: Path, backend: str = "python") -> None:
-    """Write the model's config.pbtxt for the versions that are there; they must share features and actions."""
+    """Write the model's config.pbtxt for the versions that are there."""
     policies = read_policies(repository)
-    shapes = {(tuple(p["features"]), tuple(p["actions"])) for p in policies.values()}
-    if len(shapes) != 1:
-        raise StageError(f"{repository}: the policies there differ in features or actions and cannot share a service")
-    ((features, actions),) = shapes
-    f, a = len(features), len(actions)
+    first = next(iter(policies.values()))
+    f, a = len(first["features"]), len(first["actions"])
     threads = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
     (repository / MODEL / "config.pbtxt").write_text(
         f"""name: "{MODEL}"

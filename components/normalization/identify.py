@@ -84,13 +84,14 @@ def identify(
     shift = float(1e-6 * np.ptp(values) - values.min())
     lam, transformed = box_cox(values, shift)
     k2_box_cox = normality(transformed)
+    logits = stats.logistic.ppf(np.clip(values, PROBABILITY_CLAMP, 1 - PROBABILITY_CLAMP))
     if override:
         type_, how = override, "set by hand"
     elif distinct.size <= 2 and set(distinct) <= {0.0, 1.0}:
         type_, how = "binary", "only 0 and 1 occur"
     elif distinct.size <= limits.max_enum_values and np.all(distinct == np.round(distinct)):
         type_, how = "enum", f"{distinct.size} distinct integers"
-    elif values.min() >= 0 and values.max() <= 1:
+    elif values.min() >= 0 and values.max() <= 1 and np.ptp(logits) > 1e-3:
         type_, how = "probability", "all values lie in [0, 1]"
     elif k2 < limits.normality_bound:
         type_, how = "continuous", f"K^2 {k2:.4g} is under {limits.normality_bound:g}"
@@ -114,7 +115,6 @@ def identify(
     elif type_ == "enum":
         parameters = {"values": distinct.tolist()}
     elif type_ == "probability":
-        logits = stats.logistic.ppf(np.clip(values, PROBABILITY_CLAMP, 1 - PROBABILITY_CLAMP))
         parameters = {"mean": float(logits.mean()), "stddev": float(logits.std()) or 1.0}
     return FeatureNormalization.model_validate(
         {"name": name, "type": type_, "how": how, "evidence": evidence, **parameters}

@@ -19,12 +19,12 @@ from contracts.stage import StageError, stage
 def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, output: str | Path) -> None:
     """Write `transitions/` and `quarantine/` (Parquet) to `output`; every row in lands in exactly one of them.
 
-    Transitions hold the log's columns and, per row: `ordinal` (1-based place in its MDP), `time_diff` (to the next
-    decision, in units of sequence_number), `next_action`, `possible_next_actions`, `terminal` (the MDP ended here),
-    `truncated` (the MDP went on, but what followed is not in the log), and `returns` (per metric, the discounted sum
-    from here to the MDP's last logged step). Rows are sorted by MDP and ordinal; an MDP is never split over two files,
-    so that the next state of a row is the next row's state. Raises `StageError` when the log is missing, empty, or
-    rejected beyond `data.maxQuarantineFraction`.
+    Transitions hold the log's columns and, per row: `ordinal` (1-based place in its MDP, rejected rows counted),
+    `time_diff` (to the next decision, in units of sequence_number), `next_action`, `possible_next_actions`, `terminal`
+    (the MDP ended here), `truncated` (the MDP went on, but what followed is not in the log), and `returns` (per metric,
+    the discounted sum from here to the MDP's last logged step). Rows are sorted by MDP and ordinal; an MDP is never
+    split over two files, so that the next state of a row is the next row's state. Raises `StageError` when the log is
+    missing, empty, or rejected beyond `data.maxQuarantineFraction`.
     """
     with stage("timeline", output) as (directory, facts), spark_session("timeline") as spark:
         report(0, 3, "reading the log")
@@ -112,7 +112,8 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
         & ~F.coalesce(F.col(REASON) == "duplicate_step", F.lit(False))
     )
     before_hole = F.coalesce(F.lead(F.col(REASON).isNotNull()).over(in_order), F.lit(False))
-    good = steps.withColumn("before_hole", before_hole).where(F.col(REASON).isNull())
+    numbered = steps.withColumns({"before_hole": before_hole, "ordinal": F.row_number().over(in_order)})
+    good = numbered.where(F.col(REASON).isNull())
     last = F.lead("sequence_number").over(in_order).isNull()
     cut = {
         "terminal": F.lit(False),
@@ -121,7 +122,6 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
     }[spec.data.last_step] | F.col("before_hole")
     followed = good.withColumns(
         {
-            "ordinal": F.row_number().over(in_order),
             "time_diff": F.lead("sequence_number").over(in_order) - F.col("sequence_number"),
             "next_action": F.lead("action").over(in_order),
             "possible_next_actions": F.lead("possible_actions").over(in_order),

@@ -54,13 +54,24 @@ def write_bundle(
         names = [name for name, _ in network.named_parameters()]
         state = optimizer.state_dict()["state"]
         save_file({f"{names[i]}.{k}": v for i, s in state.items() for k, v in s.items()}, directory / OPTIMIZER)
-    description = {
-        "version": 1, "algorithm": algorithm.model_dump(by_alias=True), "actions": actions, "temperature": temperature,
-    }  # fmt: skip
-    digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
-    digest.update(json.dumps(description, sort_keys=True).encode())
-    description |= {"digest": digest.hexdigest(), "weights_digest": weights_digest(directory), "provenance": provenance}
+    description: dict[str, Any] = {
+        "version": 1,
+        "algorithm": algorithm.model_dump(by_alias=True),
+        "actions": actions,
+        "temperature": temperature,
+    }
+    digest = _policy_digest(directory, description)
+    description |= {"digest": digest, "weights_digest": weights_digest(directory), "provenance": provenance}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    return digest
+
+
+def _policy_digest(directory: Path, description: dict[str, Any]) -> str:
+    """SHA-256 over all that decides what the policy does: weights, normalization, network, actions, temperature."""
+    digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
+    inputs = NormalizationSpec.read(directory / NORMALIZATION).inputs
+    decisive = {name: description[name] for name in ("version", "algorithm", "actions", "temperature")}
+    digest.update(json.dumps(decisive | {"inputs": inputs}, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -70,13 +81,13 @@ def weights_digest(directory: Path) -> str:
 
 
 def read_bundle(directory: str | Path) -> Bundle:
-    """Load a bundle; raises `StageError` when it is missing or its weights are not those it was written with."""
+    """Load a bundle; raises `StageError` when it is missing or not as it was written."""
     directory = Path(directory)
     if not (directory / DESCRIPTION).is_file():
         raise StageError(f"{directory}: no policy bundle here ({DESCRIPTION} is missing)")
     description = json.loads((directory / DESCRIPTION).read_text())
-    if weights_digest(directory) != description["weights_digest"]:
-        raise StageError(f"{directory / WEIGHTS}: not the weights that the bundle was written with; train again")
+    if _policy_digest(directory, description) != description["digest"]:
+        raise StageError(f"{directory}: not the weights and settings that the bundle was written with; train again")
     normalization = NormalizationSpec.read(directory / NORMALIZATION)
     network = build_network(DQN(**description["algorithm"]), normalization, len(description["actions"]))
     network.load_state_dict(load_file(directory / WEIGHTS))

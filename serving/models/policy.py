@@ -131,7 +131,7 @@ class TritonPythonModel:
         uniform = [[unit_interval(policy["digest"], r["mdp_id"], r["sequence_number"])] for r in rows]
         inputs = [
             triton.Tensor("state", np.stack([r["state"] for r in rows])),
-            triton.Tensor("uniform", np.minimum(np.array(uniform, np.float32), np.float32(1 - 2**-24))),
+            triton.Tensor("uniform", np.array(uniform, np.float32)),
             triton.Tensor("possible", np.stack([r["possible"] for r in rows])),
         ]
         call = triton.InferenceRequest(

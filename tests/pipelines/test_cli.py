@@ -17,7 +17,8 @@ from pipelines.pipeline import SECTIONS, STAGES, parameters
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 COMMANDS = (
-    "run compile log timeline features normalize train evaluate export serve rollout simulate".split()
+    "run", "compile", "log", "timeline", "features", "normalize", "train", "evaluate", "export", "serve", "rollout",
+    "simulate",
 )  # fmt: skip
 
 

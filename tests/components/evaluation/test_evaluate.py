@@ -38,13 +38,13 @@ def estimates(low: float | None) -> dict[str, Any]:
 
 class TestTheGate:
     def test_a_lower_bound_at_the_minimum_passes(self) -> None:
-        verdict = judge(Gate(minimum_relative=1.1), estimates(1.1))
+        verdict = judge(Gate(minimumRelative=1.1), estimates(1.1))
         assert verdict["verdict"] == "pass"
         assert "at least the minimum 1.1" in verdict["reason"]
         assert "weighted sequential doubly robust estimate of reward" in verdict["reason"]
 
     def test_a_lower_bound_under_the_minimum_fails(self) -> None:
-        verdict = judge(Gate(minimum_relative=1.1), estimates(1.099))
+        verdict = judge(Gate(minimumRelative=1.1), estimates(1.099))
         assert verdict["verdict"] == "fail"
         assert "1.099" in verdict["reason"]
         assert "under the minimum 1.1" in verdict["reason"]
@@ -71,7 +71,7 @@ class TestTheGate:
             judge(Gate(metric="sales"), estimates(1.0))
 
 
-def rows(mdp: list[int], truncated: list[int]) -> Transitions:
+def rows(mdp: list[int], truncated: list[int], ordinal: list[int]) -> Transitions:
     n = len(mdp)
     last = np.append(np.diff(mdp) != 0, True)
     cut = np.isin(np.arange(n), truncated)
@@ -87,21 +87,24 @@ def rows(mdp: list[int], truncated: list[int]) -> Transitions:
         returns=np.ones((n, 1), np.float32),
         terminal=last & ~cut,
         truncated=cut,
+        ordinal=np.array(ordinal),
         mdp=np.array(mdp),
         mdp_ids=[str(m) for m in range(max(mdp) + 1)],
     )
 
 
 def test_mdps_with_a_hole_are_left_out_and_those_cut_at_their_end_are_kept() -> None:
-    kept, excluded = _whole_mdps(rows([0, 0, 0, 2, 2, 3, 3, 5], truncated=[1, 4, 5]))
-    assert excluded == 2
+    kept, excluded = _whole_mdps(
+        rows([0, 0, 0, 2, 2, 3, 3, 5, 6], truncated=[1, 4], ordinal=[1, 2, 4, 1, 2, 2, 3, 1, 2])
+    )
+    assert excluded == 3
     assert kept.mdp.tolist() == [2, 2, 5]
     assert kept.state[:, 0].tolist() == [3, 4, 7]
 
 
 def test_nothing_left_but_holes_is_refused() -> None:
-    with pytest.raises(StageError, match="rejected decisions in its middle"):
-        _whole_mdps(rows([0, 0], truncated=[0]))
+    with pytest.raises(StageError, match="rejected decisions before its last"):
+        _whole_mdps(rows([0, 0], truncated=[0], ordinal=[1, 3]))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with stage("training", root / "training") as (directory, _):
         for epoch in (1, 2):
             torch.manual_seed(epoch)
-            config = DQN(hidden_layers=[8])
+            config = DQN(hiddenLayers=[8])
             network = build_network(config, normalization, 2)
             write_bundle(directory / "epochs" / f"{epoch:03}", network, config, normalization, SPEC.actions, 1.0, {})
     return root

@@ -40,6 +40,7 @@ def transitions(log: Log) -> Transitions:
         returns=metrics.astype(np.float32),
         terminal=log.ends(),
         truncated=np.zeros(n, bool),
+        ordinal=log.step + 1,
         mdp=log.mdp,
         mdp_ids=[str(m) for m in range(int(log.mdp.max()) + 1)],
     )
@@ -128,3 +129,20 @@ def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     np.testing.assert_array_equal(once.predict(every_state()), again.predict(every_state()))
     np.testing.assert_array_equal(once.predict(every_state()), on.predict(every_state()))
     assert not np.array_equal(half, on.predict(every_state()))
+
+
+def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: Log) -> None:
+    data = transitions(log)
+    fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, MODEL.discount, seed=0)
+    for values in fitted.target.parameters():
+        values.fill_(50.0)
+    fitted.fit(MODEL.target[log.state], 1)
+    highest = data.metrics.max(0) / (1 - MODEL.discount)
+    np.testing.assert_allclose(fitted.highest * fitted.scale, highest, rtol=1e-5)
+    assert fitted.lowest[1] == 0
+    # Adam's first steps are as long as its rate however far off a target lies: only the loss shows what was followed.
+    for _ in range(300):
+        for values in fitted.target.parameters():
+            values.fill_(50.0)
+        fitted.fit(MODEL.target[log.state], 1)
+    assert (fitted.predict(data.state).max((0, 1)) < 1.5 * (data.metrics.max(0) + MODEL.discount * highest)).all()

@@ -128,7 +128,7 @@ def test_a_type_is_recognized(values: np.ndarray, type_: str) -> None:
 def test_an_integer_with_more_values_than_an_enum_may_have_is_no_enum() -> None:
     values = rng().integers(0, 10, N).astype(np.float64)
     assert found(values).type == "enum"
-    assert found(values, limits=Normalization(max_enum_values=9)).type != "enum"
+    assert found(values, limits=Normalization(maxEnumValues=9)).type != "enum"
 
 
 def test_the_evidence_is_what_the_sample_shows() -> None:
@@ -205,9 +205,9 @@ def test_a_type_set_by_hand_is_kept(override: str, values: np.ndarray) -> None:
     assert np.ptp(result) > 0
 
 
-def test_a_probability_that_is_hardly_ever_not_extreme_keeps_a_finite_scale() -> None:
+def test_values_that_probability_s_clamp_would_make_one_keep_a_finite_scale() -> None:
     feature = found(np.append(np.zeros(N), 1e-6))
-    assert feature.type == "probability"
+    assert feature.type != "probability"
     assert np.isfinite(normalized(feature, np.array([0, 1e-6, 0.5, 1]))).all()
 
 
@@ -215,7 +215,8 @@ def test_a_probability_that_is_hardly_ever_not_extreme_keeps_a_finite_scale() ->
 def test_a_small_positive_feature_still_tells_its_values_apart(scale: float) -> None:
     values = rng().uniform(1, 5, N) * scale
     result = normalized(found(values), values)[:, 0]
-    assert np.corrcoef(stats.rankdata(values), stats.rankdata(result))[0, 1] > 0.9
+    assert len(np.unique(result)) > N / 2
+    assert (np.diff(result[values.argsort()]) >= -1e-6).all()
 
 
 def test_small_samples_are_taken_as_normal() -> None:

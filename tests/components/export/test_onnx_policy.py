@@ -1,0 +1,197 @@
+"""The exported graph does what the network does, and its actions follow its propensities."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from scipy import stats
+from torch import nn
+
+from components.export.onnx_policy import OUTPUTS, TOLERANCE, ServedPolicy, check_onnx, export_onnx
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.network import LogisticPolicy, QNetwork
+from contracts.stage import StageError
+
+
+def feature(name: str, type_: str, **parameters: object) -> FeatureNormalization:
+    return FeatureNormalization.model_validate(
+        {"name": name, "type": type_, "how": "by hand", "evidence": {}, **parameters}
+    )
+
+
+SPEC = NormalizationSpec(
+    inputs=["a", "b", "c", "d", "e", "unused", "f"],
+    features=[
+        feature("a", "continuous", mean=1.0, stddev=2.0),
+        feature("b", "binary"),
+        feature("c", "enum", values=[0.0, 1.0, 2.0]),
+        feature("d", "quantile", quantiles=[-2.0, 0.0, 0.5, 3.0]),
+        feature("e", "box_cox", box_cox_lambda=0.4, box_cox_shift=3.0, mean=1.0, stddev=2.0),
+        feature("f", "probability", mean=0.5, stddev=1.5),
+    ],
+)
+EXTREMES = np.array([[v] * 7 for v in (np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, 1e30, -1e30)], np.float32)
+
+
+class Exported(NamedTuple):
+    policy: ServedPolicy
+    path: Path
+    features: int
+    actions: int
+    temperature: float
+
+    def run(self, state: np.ndarray, uniform: np.ndarray, possible: np.ndarray) -> dict[str, np.ndarray]:
+        session = onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
+        inputs = {"state": state, "uniform": uniform.astype(np.float32), "possible": possible}
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
+
+
+def q_network(seed: int = 0) -> QNetwork:
+    torch.manual_seed(seed)
+    network = QNetwork(SPEC, 3, [16, 16], dueling=True)
+    with torch.no_grad():
+        network.advantage.weight *= 5
+    return network
+
+
+def states(rows: int, features: int, seed: int = 0) -> np.ndarray:
+    made = np.random.default_rng(seed).normal(0.5, 2, (rows, features)).astype(np.float32)
+    made[:, 2 % features] = made[:, 2 % features].round()
+    made[::5, 0] = np.nan
+    return made
+
+
+@pytest.fixture(scope="module")
+def q_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    path = tmp_path_factory.mktemp("q") / "model.onnx"
+    return Exported(export_onnx(q_network(), 0.7, 7, 3, path), path, 7, 3, 0.7)
+
+
+@pytest.fixture(scope="module")
+def logistic_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    path = tmp_path_factory.mktemp("logistic") / "model.onnx"
+    return Exported(export_onnx(LogisticPolicy([0.4, -1.0], 0.2), 1.0, 2, 2, path), path, 2, 2, 1.0)
+
+
+@pytest.fixture(params=["q_policy", "logistic_policy"])
+def exported(request: pytest.FixtureRequest) -> Exported:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Exported) -> None:
+    every = np.concatenate([states(1000, exported.features), EXTREMES[:, : exported.features]])
+    assert check_onnx(exported.policy, exported.path, every, exported.actions, seed=0) <= TOLERANCE == 1e-5
+
+
+def test_propensities_are_a_softmax_at_the_temperature_over_possible_actions(exported: Exported) -> None:
+    rows = states(64, exported.features)
+    possible = np.random.default_rng(1).random((64, exported.actions)) < 0.6
+    possible[:, 0] |= ~possible.any(1)
+    found = exported.run(rows, np.full((64, 1), 0.5), possible)
+    scaled = np.where(possible, found["q_values"].astype(float) / exported.temperature, -np.inf)
+    wanted = np.exp(scaled - scaled.max(1, keepdims=True))
+    np.testing.assert_allclose(found["propensities"], wanted / wanted.sum(1, keepdims=True), atol=1e-5)
+    assert (found["propensities"][~possible] == 0).all()
+    np.testing.assert_array_equal(found["greedy_action"][:, 0], scaled.argmax(1))
+
+
+def test_a_logistic_policy_is_served_with_its_own_probabilities(logistic_policy: Exported) -> None:
+    found = logistic_policy.run(np.array([[1.0, 2.0]], np.float32), np.array([[0.5]]), np.ones((1, 2), bool))
+    second = 0.1 + 0.8 / (1 + np.exp(1.6))
+    np.testing.assert_allclose(found["propensities"], [[1 - second, second]], rtol=1e-5)
+
+
+def test_sampled_actions_follow_the_propensities(exported: Exported) -> None:
+    grid = (np.arange(4000) + 0.5) / 4000
+    drawn = np.random.default_rng(2).random(4000)
+    for one in states(4, exported.features, seed=3):
+        every = np.repeat(one[None], 4000, 0)
+        possible = np.ones((4000, exported.actions), bool)
+        even = exported.run(every, grid[:, None], possible)
+        shares = even["propensities"][0]
+        counts = np.bincount(even["sampled_action"][:, 0], minlength=exported.actions)
+        np.testing.assert_allclose(counts / 4000, shares, atol=1.5 / 4000)
+        sampled = exported.run(every, drawn[:, None], possible)["sampled_action"][:, 0]
+        counts = np.bincount(sampled, minlength=exported.actions)
+        assert stats.chisquare(counts, 4000 * shares.astype(float) / shares.astype(float).sum()).pvalue > 1e-3
+
+
+def test_impossible_actions_are_never_sampled_nor_greedy(exported: Exported) -> None:
+    edges = np.array([0.0, 1e-45, 1e-8, 0.25, 0.5, 0.999, 1 - 2**-24], np.float32)
+    rows = states(200, exported.features)
+    for bits in range(1, 2**exported.actions):
+        possible = np.array([bool(bits >> a & 1) for a in range(exported.actions)])
+        for uniform in edges:
+            found = exported.run(rows, np.full((200, 1), uniform), np.tile(possible, (200, 1)))
+            assert possible[found["sampled_action"]].all()
+            assert possible[found["greedy_action"]].all()
+
+
+def test_a_row_does_not_depend_on_its_batch(exported: Exported) -> None:
+    rows, possible = states(64, exported.features), np.ones((64, exported.actions), bool)
+    uniform = np.random.default_rng(4).random((64, 1))
+    together = exported.run(rows, uniform, possible)
+    for i in range(0, 64, 9):
+        alone = exported.run(rows[i : i + 1], uniform[i : i + 1], possible[i : i + 1])
+        for name in OUTPUTS:
+            assert alone[name].shape == (1, *together[name].shape[1:])
+            np.testing.assert_allclose(alone[name][0], together[name][i], rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_have_the_declared_types(exported: Exported) -> None:
+    found = exported.run(states(2, exported.features), np.full((2, 1), 0.5), np.ones((2, exported.actions), bool))
+    assert {n: (v.dtype.name, v.shape[1]) for n, v in found.items()} == {
+        "q_values": ("float32", exported.actions),
+        "greedy_action": ("int64", 1),
+        "propensities": ("float32", exported.actions),
+        "sampled_action": ("int64", 1),
+    }
+
+
+def refused(policy: ServedPolicy, path: Path) -> str:
+    with pytest.raises(StageError) as caught:
+        check_onnx(policy, path, states(200, 7), 3, seed=0)
+    return str(caught.value)
+
+
+def test_the_graph_of_another_network_is_refused(q_policy: Exported) -> None:
+    other = ServedPolicy(q_network(seed=1), 0.7).eval()
+    assert "q_values of the ONNX graph differs from torch" in refused(other, q_policy.path)
+
+
+def test_the_graph_at_another_temperature_is_refused(q_policy: Exported) -> None:
+    other = ServedPolicy(q_policy.policy.network, 0.8).eval()
+    assert "propensities of the ONNX graph differs from torch" in refused(other, q_policy.path)
+
+
+@pytest.mark.parametrize("value", [0.01, float("nan")])
+def test_a_corrupted_weight_is_refused(q_policy: Exported, tmp_path: Path, value: float) -> None:
+    model = onnx.load(str(q_policy.path))
+    weight = max(model.graph.initializer, key=lambda i: np.prod(i.dims))
+    changed = numpy_helper.to_array(weight).copy()
+    changed += value
+    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    assert "differs from torch" in refused(q_policy.policy, tmp_path / "model.onnx")
+
+
+class Reversed(nn.Module):
+    """Samples from the other end: the same propensities, other actions."""
+
+    def __init__(self, policy: ServedPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, state: torch.Tensor, uniform: torch.Tensor, possible: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, greedy, propensities, _ = self.policy(state, uniform, possible)
+        return q, greedy, propensities, self.policy(state, 1 - uniform, possible)[3]
+
+
+def test_other_actions_are_refused_though_all_probabilities_agree(q_policy: Exported) -> None:
+    other = Reversed(q_policy.policy)
+    assert "sampled_action of the ONNX graph differs from torch" in refused(other, q_policy.path)

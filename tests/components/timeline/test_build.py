@@ -1,0 +1,215 @@
+"""From a decision log to transitions, on a real Spark."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.spark import spark_session
+from components.timeline.build import add_what_followed, join_outcomes, read_log
+from components.timeline.quarantine import REASON, with_reason
+from contracts.decision_log import SCHEMA
+from contracts.job import JobSpec
+from contracts.stage import StageError
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def decision(mdp: str = "a", step: int = 0, **changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "mdp_id": mdp,
+        "sequence_number": step,
+        "event_time": NOON + timedelta(seconds=step),
+        "state_features": {"x": float(step)},
+        "action": "left",
+        "action_probability": 0.5,
+        "possible_actions": ["left", "right"],
+        "metrics": {"reward": 1.0},
+        "truncated": False,
+        "policy_version": "p",
+    }
+    return row | changes
+
+
+def spec(**sections: Any) -> JobSpec:
+    return JobSpec.model_validate({"actions": ["left", "right"], **sections})
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    as_maps = [
+        {k: list(v.items()) if isinstance(v, dict) else v for k, v in row.items()} for row in rows
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(as_maps, schema=SCHEMA), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def spark():
+    with spark_session("test") as session:
+        yield session
+
+
+@pytest.fixture
+def checked(spark, tmp_path):
+    def check(*rows: dict[str, Any]) -> Any:
+        return with_reason(read_log(spark, write_parquet(tmp_path / "log.parquet", list(rows))), ["left", "right"])
+
+    return check
+
+
+@pytest.fixture
+def followed(checked):
+    def follow(*rows: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:
+        frame = add_what_followed(checked(*rows), spec(**sections)).orderBy("mdp_id", "ordinal")
+        return [row.asDict(recursive=True) for row in frame.collect()]
+
+    return follow
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("missing_mdp_id", {"mdp_id": ""}),
+        ("missing_event_time", {"event_time": None}),
+        ("missing_action", {"action": None}),
+        ("missing_action", {"action": ""}),
+        ("unknown_action", {"action": "jump"}),
+        ("action_not_possible", {"possible_actions": ["right"]}),
+        ("probability_out_of_range", {"action_probability": 0.0}),
+        ("probability_out_of_range", {"action_probability": 1.5}),
+        ("probability_out_of_range", {"action_probability": -0.1}),
+        ("probability_out_of_range", {"action_probability": NAN}),
+        ("non_finite_feature", {"state_features": {"x": NAN}}),
+        ("non_finite_feature", {"state_features": {"x": 1.0, "y": -INFINITY}}),
+        ("non_finite_metric", {"metrics": {"reward": INFINITY}}),
+        (None, {"action_probability": None}),
+        (None, {"possible_actions": None}),
+        (None, {"state_features": None}),
+        (None, {"metrics": None}),
+        (None, {"action_probability": 1.0}),
+    ],
+)
+def test_a_row_that_cannot_be_used_has_its_reason(checked, reason, changes):
+    rows = checked(decision(step=0), decision(step=1) | changes).collect()
+    assert [row[REASON] for row in rows if row["sequence_number"] == 1] == [reason]
+    assert [row[REASON] for row in rows if row["sequence_number"] == 0] == [None]
+
+
+def test_of_a_step_logged_twice_the_earliest_good_row_stays(checked):
+    rows = checked(
+        decision(step=1, event_time=NOON + timedelta(seconds=9), action_probability=0.3),
+        decision(step=1, event_time=NOON, action_probability=0.4),
+        decision(step=1, event_time=NOON - timedelta(seconds=9), action_probability=7.0),
+    ).collect()
+    reasons = {row["action_probability"]: row[REASON] for row in rows}
+    assert reasons == {0.3: "duplicate_step", 0.4: None, 7.0: "probability_out_of_range"}
+
+
+def test_a_json_line_that_does_not_parse_is_kept_whole(spark, tmp_path):
+    good = decision() | {"event_time": NOON.isoformat()}
+    (tmp_path / "log.jsonl").write_text(json.dumps(good) + '\n{"mdp_id": "b", "sequence_nu\n')
+    rows = with_reason(read_log(spark, str(tmp_path / "log.jsonl")), ["left", "right"]).collect()
+    torn = next(row for row in rows if row[REASON])
+    assert torn[REASON] == "unparsable"
+    assert torn["_corrupt_record"] == '{"mdp_id": "b", "sequence_nu'
+    kept = next(row for row in rows if not row[REASON])
+    assert kept["state_features"] == {"x": 0.0}
+    assert kept["event_time"] == NOON.replace(tzinfo=None)
+
+
+def test_each_decision_knows_what_followed_it(followed):
+    first, second, third = followed(
+        decision(step=25, action="right", possible_actions=["right"]),
+        decision(step=10),
+        decision(step=15, action="right"),
+    )
+    assert [row["sequence_number"] for row in (first, second, third)] == [10, 15, 25]
+    assert [row["ordinal"] for row in (first, second, third)] == [1, 2, 3]
+    assert [row["time_diff"] for row in (first, second, third)] == [5, 10, None]
+    assert [row["next_action"] for row in (first, second, third)] == ["right", "right", None]
+    assert second["possible_next_actions"] == ["right"]
+    assert [row["terminal"] for row in (first, second, third)] == [False, False, True]
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+def test_returns_sum_every_metric_to_the_last_step_and_lose_no_reward(followed, discount):
+    rewards = [1.0, 0.0, -2.0, 8.0]
+    rows = followed(
+        *[decision(step=i, metrics={"reward": r, "clicks": 1.0}) for i, r in enumerate(rewards)],
+        reward={"discount": discount},
+    )
+    for i, row in enumerate(rows):
+        expected = sum(r * discount**k for k, r in enumerate(rewards[i:]))
+        assert row["returns"]["reward"] == pytest.approx(expected, abs=1e-9)
+        assert row["returns"]["clicks"] == pytest.approx(sum(discount**k for k in range(len(rewards) - i)))
+    assert rows[-1]["terminal"]
+    assert rows[-1]["metrics"]["reward"] == 8.0
+
+
+def test_a_rejected_row_cuts_its_mdp_instead_of_joining_across_it(followed):
+    rows = followed(decision(step=0), decision(step=1), decision(step=2, action=None), decision(step=3))
+    assert [row["sequence_number"] for row in rows] == [0, 1, 3]
+    assert [row["ordinal"] for row in rows] == [1, 2, 4]
+    assert [row["truncated"] for row in rows] == [False, True, False]
+    assert rows[1]["next_action"] is None
+    assert rows[1]["time_diff"] is None
+    assert [row["terminal"] for row in rows] == [False, False, True]
+
+
+def test_a_rejected_last_row_leaves_no_false_end(followed):
+    rows = followed(decision(step=0), decision(step=1, metrics={"reward": NAN}))
+    assert [(row["terminal"], row["truncated"]) for row in rows] == [(False, True)]
+
+
+def test_a_duplicate_is_no_hole(followed):
+    rows = followed(decision(step=0), decision(step=1), decision(step=1), decision(step=2))
+    assert [row["truncated"] for row in rows] == [False, False, False]
+    assert [row["time_diff"] for row in rows] == [1, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("last_step", "expected"),
+    [
+        ("terminal", [(True, False), (True, False)]),
+        ("truncated", [(False, True), (False, True)]),
+        ("column", [(True, False), (False, True)]),
+    ],
+)
+def test_the_job_says_what_the_last_step_is(followed, last_step, expected):
+    rows = followed(decision("a"), decision("b", truncated=True), data={"lastStep": last_step})
+    assert [(row["terminal"], row["truncated"]) for row in rows] == expected
+
+
+def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=i) for i in range(3)]))
+    outcomes = [
+        {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 5.0, "clicks": 2.0}},
+        {"mdp_id": "a", "sequence_number": 1, "metrics": {"clicks": 3.0}, "truncated": True, "ended": True},
+        {"mdp_id": "nobody", "sequence_number": 0, "metrics": {"clicks": 9.0}},
+    ]
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(o) + "\n" for o in outcomes))
+    joined = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl")).orderBy("sequence_number").collect()
+    assert [row["metrics"] for row in joined] == [
+        {"reward": 5.0, "clicks": 2.0},
+        {"reward": 1.0, "clicks": 3.0},
+        {"reward": 1.0},
+    ]
+    assert [row["truncated"] for row in joined] == [False, True, False]
+
+
+def test_a_log_without_a_needed_column_is_refused_by_name(spark, tmp_path):
+    pq.write_table(pa.table({"mdp_id": ["a"], "sequence_number": [1]}), tmp_path / "log.parquet")
+    with pytest.raises(StageError, match="column event_time is missing; found mdp_id, sequence_number"):
+        read_log(spark, str(tmp_path / "log.parquet"))
+
+
+def test_a_missing_log_is_refused_by_its_path(spark, tmp_path):
+    with pytest.raises(StageError, match=r"data.decisionLog .*nowhere: no such file"):
+        read_log(spark, str(tmp_path / "nowhere"))

@@ -1,0 +1,74 @@
+"""The stage as a whole: files in, files out, and every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from components.timeline.build import build_timeline
+from contracts.job import JobSpec
+from contracts.stage import RECORD, StageError
+
+ROWS = [
+    {
+        "mdp_id": f"m{i % 40}",
+        "sequence_number": i // 40,
+        "event_time": f"2026-01-01T00:{i // 40:02d}:00Z",
+        "state_features": {"x": i / 7},
+        "action": "left" if i % 3 else "right",
+        "action_probability": 0.5,
+        "metrics": {"reward": float(i)},
+    }
+    for i in range(400)
+]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def spec(**data: object) -> JobSpec:
+    return JobSpec.model_validate({"actions": ["left", "right"], "data": data})
+
+
+def test_rows_in_are_rows_out_plus_quarantined_and_mdps_stay_whole(tmp_path):
+    rows = [*reversed(ROWS), ROWS[0] | {"action": None, "sequence_number": 99}, ROWS[5]]
+    log = write(tmp_path / "log.jsonl", rows)
+    build_timeline(spec(), log, None, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["rows_in"] == 402
+    assert record["rows_out"] == 400
+    assert record["reasons"] == {"missing_action": 1, "duplicate_step": 1}
+    quarantined = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    bad = next(row for row in quarantined if row["quarantine_reason"] == "missing_action")
+    assert dict(bad["state_features"]) == {"x": 0.0}
+    assert bad["sequence_number"] == 99
+    seen: dict[str, Path] = {}
+    for file in (tmp_path / "out" / "transitions").glob("*.parquet"):
+        part = pq.read_table(file).select(["mdp_id", "ordinal"]).to_pylist()
+        keys = [(row["mdp_id"], row["ordinal"]) for row in part]
+        assert keys == sorted(keys)
+        for mdp in {mdp for mdp, _ in keys}:
+            assert seen.setdefault(mdp, file) == file, f"{mdp} is split over two files"
+    assert len(seen) == 40
+
+
+def test_too_many_rejected_rows_fail_with_a_table_of_reasons_and_examples(tmp_path):
+    broken = [row | {"action_probability": 2.0} if i < 40 else row for i, row in enumerate(ROWS)]
+    with pytest.raises(StageError) as raised:
+        build_timeline(spec(), write(tmp_path / "log.jsonl", broken), None, tmp_path / "out")
+    text = str(raised.value)
+    assert "40 of 400 rows were rejected" in text
+    assert "data.maxQuarantineFraction 0.01" in text
+    assert "probability_out_of_range" in text
+    assert "e.g. mdp_id m" in text
+    assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_an_empty_log_is_refused(tmp_path):
+    with pytest.raises(StageError, match="the log is empty"):
+        build_timeline(spec(), write(tmp_path / "log.jsonl", []), None, tmp_path / "out")

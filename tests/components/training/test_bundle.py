@@ -1,0 +1,136 @@
+"""A policy bundle is read as it was written, or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.bundle import OPTIMIZER, WEIGHTS, build_network, read_bundle, write_bundle
+from components.training.dqn import Batch, DQNTrainer
+from components.training.network import QNetwork
+from contracts.job import DQN
+from contracts.stage import StageError
+
+FEATURES = [
+    FeatureNormalization(name="speed", type="continuous", mean=2.0, stddev=3.0, how="by hand", evidence={}),
+    FeatureNormalization(name="place", type="enum", values=[1.0, 2.0], how="by hand", evidence={}),
+    FeatureNormalization(
+        name="wait", type="box_cox", box_cox_lambda=0.3, box_cox_shift=0.1, how="by hand", evidence={}
+    ),
+    FeatureNormalization(name="price", type="quantile", quantiles=[0.0, 1.0, 5.0], how="by hand", evidence={}),
+]
+SPEC = NormalizationSpec(inputs=["speed", "place", "wait", "price", "unused"], features=FEATURES)
+CONFIG = DQN(hiddenLayers=[16, 8], learningRate=0.01)
+ACTIONS = ["left", "right", "stay"]
+
+
+def network(seed: int = 0, config: DQN = CONFIG) -> QNetwork:
+    torch.manual_seed(seed)
+    return build_network(config, SPEC, len(ACTIONS))
+
+
+def write(directory: Path, **changes: Any) -> str:
+    given: dict[str, Any] = {
+        "network": network(),
+        "algorithm": CONFIG,
+        "normalization": SPEC,
+        "actions": ACTIONS,
+        "temperature": 0.5,
+        "provenance": {"seed": 1},
+    }
+    return write_bundle(directory, **(given | changes))
+
+
+@pytest.mark.parametrize("config", [CONFIG, DQN(hiddenLayers=[4], dueling=False, double=False)])
+def test_a_bundle_is_read_as_it_was_written(tmp_path: Path, config: DQN) -> None:
+    written = network(config=config)
+    digest = write(tmp_path / "policy", network=written, algorithm=config)
+    bundle = read_bundle(tmp_path / "policy")
+    states = torch.tensor(np.random.default_rng(0).normal(1, 3, (100, 5)).astype(np.float32))
+    states[::7, 2] = float("nan")
+    torch.testing.assert_close(bundle.network(states), written(states), rtol=0, atol=0)
+    assert bundle.digest == digest
+    assert bundle.normalization == SPEC
+    assert bundle.actions == ACTIONS
+    assert bundle.temperature == 0.5
+    assert bundle.provenance == {"seed": 1}
+
+
+def test_the_same_policy_has_the_same_digest_wherever_it_came_from(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", provenance={"seed": 1, "workers": 1})
+    assert write(tmp_path / "b", provenance={"seed": 2, "epoch": 9}) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": network(seed=1)},
+        {"actions": ["left", "stay", "right"]},
+        {"temperature": 0.6},
+        {"algorithm": CONFIG.model_copy(update={"double": False})},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_another_policy_has_another_digest(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert write(tmp_path / "a") != write(tmp_path / "b", **change)
+
+
+def test_a_policy_that_reads_other_features_has_another_digest(tmp_path: Path) -> None:
+    renamed = [f.model_copy(update={"name": {"speed": "pace"}.get(f.name, f.name)}) for f in FEATURES]
+    other = NormalizationSpec(inputs=["pace", "place", "wait", "price", "unused"], features=renamed)
+    assert write(tmp_path / "a") != write(tmp_path / "b", normalization=other)
+
+
+def test_tampered_weights_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "policy")
+    path = tmp_path / "policy" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StageError, match=r"not the weights and settings that the bundle was written with"):
+        read_bundle(tmp_path / "policy")
+
+
+def test_a_bundle_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"no policy bundle here \(bundle\.json is missing\)"):
+        read_bundle(tmp_path / "policy")
+
+
+def test_a_bundle_is_never_written_over(tmp_path: Path) -> None:
+    write(tmp_path / "policy")
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "policy")
+
+
+def test_the_optimizers_state_is_kept_by_parameter(tmp_path: Path) -> None:
+    trained = network()
+    trainer = DQNTrainer(trained, CONFIG, 0.9)
+    state = torch.rand(4, 5)
+    trainer.step(
+        Batch(
+            state,
+            torch.zeros(4, dtype=torch.int64),
+            torch.ones(4),
+            state,
+            torch.ones((4, 3), dtype=torch.bool),
+            torch.zeros(4, dtype=torch.bool),
+        )
+    )
+    write(tmp_path / "policy", network=trained, optimizer=trainer.optimizer)
+    kept = load_file(tmp_path / "policy" / OPTIMIZER)
+    for index, (name, _) in enumerate(trained.named_parameters()):
+        for key, value in trainer.optimizer.state_dict()["state"][index].items():
+            torch.testing.assert_close(kept[f"{name}.{key}"], value)
+
+
+def test_the_description_is_json_that_names_the_network(tmp_path: Path) -> None:
+    digest = write(tmp_path / "policy")
+    description = json.loads((tmp_path / "policy" / "bundle.json").read_text())
+    assert description["digest"] == digest
+    assert description["algorithm"]["hiddenLayers"] == [16, 8]
+    assert description["actions"] == ACTIONS
