@@ -24,6 +24,7 @@ OUTCOMES_SCHEMA = pa.schema(
     [
         SCHEMA.field("mdp_id"),
         SCHEMA.field("sequence_number"),
+        SCHEMA.field("event_time"),  # when it was reported: of a metric reported twice the later value counts
         SCHEMA.field("metrics"),
         SCHEMA.field("truncated"),
         pa.field("ended", pa.bool_()),  # true: no decision of this MDP follows

@@ -193,7 +193,6 @@ class Canary(Model):
 
 
 class Deploy(Model):
-    service: Name = "policy"
     canary: Canary = Canary()
 
 

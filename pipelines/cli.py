@@ -129,7 +129,7 @@ def run(run: Run, as_json: bool) -> None:
 @_job_command("compile", "bluewhale compile job.yaml --output pipeline.yaml")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True)
 def compile_(run: Run, output: Path) -> None:
-    """Write the job's KFP pipeline as IR YAML, ready to be uploaded to a KFP backend."""
+    """Write the job's KFP pipeline as IR YAML, its parameters filled in from the job."""
     from pipelines.pipeline import compile_pipeline
 
     if output.suffix not in (".yaml", ".yml", ".json"):
@@ -205,17 +205,19 @@ def export(run: Run) -> None:
 
 @_job_command("serve")
 def serve(run: Run) -> None:
-    """Serve the exported policy beside the stable one with Triton and Prometheus, until interrupted.
+    """Serve the exported policy with Triton and Prometheus, until interrupted.
 
-    All traffic goes to the stable policy until `bluewhale rollout` moves it.
+    With a simulation, the behaviour policy is the stable one and keeps all traffic until `bluewhale rollout` moves it.
+    Without one there is nothing to compare with, and the exported policy itself answers.
     """
     from pipelines.local import export_stable
     from serving.service import serve as start
 
     read_record(run.path("export"))
-    candidate = run.path("export") / "model_repository"
+    exported = run.path("export") / "model_repository"
+    stable, candidate = (export_stable(run), exported) if run.job.spec.simulation else (exported, None)
     salt = f"{run.job.metadata.name}-{run.job.spec.seed}"
-    with start(run.path("serving"), export_stable(run), candidate, run.job.spec.deploy.canary, salt) as endpoints:
+    with start(run.path("serving"), stable, candidate, run.job.spec.deploy.canary, salt) as endpoints:
         for name, value in vars(endpoints).items():
             click.echo(f"{name:>14}  {value}")
         console.print("serving; Ctrl-C ends it", highlight=False)
@@ -227,6 +229,7 @@ def serve(run: Run) -> None:
 @click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True, help="Episodes played at once.")
 def simulate(run: Run, episodes: int | None, clients: int) -> None:
     """Play live traffic: episodes of the environment whose every action is asked of the running service."""
+    from serving.client import ServiceError
     from serving.service import read_endpoints
     from simulation.traffic import Traffic
 
@@ -237,6 +240,8 @@ def simulate(run: Run, episodes: int | None, clients: int) -> None:
             traffic.wait()
     finally:
         click.echo(json.dumps(traffic.counts))
+    if traffic.last_error:
+        raise ServiceError(traffic.last_error)
 
 
 @_job_command("rollout")
@@ -253,6 +258,7 @@ def rollout(run: Run) -> None:
             Path(endpoints.state_file),
             Path(endpoints.decision_log),
             endpoints.prometheus,
+            run.job.spec.reward.metric_weights,
             progress=lambda share, text: display.progress("rollout", share, 1.0, text),
         )
     click.echo(json.dumps(outcome, indent=2))

@@ -98,7 +98,7 @@ def run_job(run: Run, display: Display) -> int:
     finally:
         collect(run)
         (run.directory / "result.json").write_text(json.dumps(run.result, indent=2))
-        if run.result.get("evaluation"):
+        if run.result["verdict"] != "failed":
             write_report(run.job, run.result, run.directory)
 
 
@@ -125,10 +125,15 @@ def train_and_evaluate(run: Run, display: Display) -> None:
 
     error_file = run.directory / "error.json"
     error_file.unlink(missing_ok=True)
-    data = [Path(p) for p in (run.decision_log, run.job.spec.data.outcomes) if p]
-    for path in data:
-        if not path.exists():
-            raise StageError(f"spec.data.decisionLog {path}: no such file or directory")
+    paths = {"decisionLog": run.decision_log, "outcomes": run.job.spec.data.outcomes}
+    data = [Path(path) for path in paths.values() if path]
+    for name, path in paths.items():
+        if path and not Path(path).exists():
+            raise StageError(f"spec.data.{name} {path}: no such file or directory")
+    # What an earlier run left is not this one's: stages that are still good come back from the cache.
+    for stage in STAGES:
+        if run.path(stage).is_symlink():
+            run.path(stage).unlink()
     version = f"{code_version()}-{digest_files(*data)[:12]}"
     arguments = parameters(run.job.spec, str(Path(run.decision_log).absolute()), version)
     temporary = run.directory / "tmp"
@@ -199,7 +204,7 @@ def rollout(run: Run, display: Display) -> None:
     assert exported is not None
     settings = {"policy": exported["digest"], "seed": spec.seed, "canary": canary.model_dump(by_alias=True)}
     record = run.record("rollout")
-    if record and record.get("settings") == settings:
+    if record and record.get("settings") == settings and record["verdict"] == "promoted":
         run.result["rollout"] = {k: v for k, v in record.items() if k not in ("stage", "status", "seconds", "settings")}
         display.finish("rollout", record["seconds"], cached=True)
         return
@@ -216,6 +221,7 @@ def rollout(run: Run, display: Display) -> None:
                 Path(endpoints.state_file),
                 Path(endpoints.decision_log),
                 endpoints.prometheus,
+                spec.reward.metric_weights,
                 progress=lambda share, text: display.progress("rollout", share, 1.0, text),
             )
             before = traffic.counts["requests"]

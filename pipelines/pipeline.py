@@ -15,7 +15,8 @@ from components.features.component import features
 from components.normalization.component import normalization
 from components.timeline.component import timeline
 from components.training.component import training
-from contracts.job import JobSpec, RLTrainingJob
+from contracts.job import JobError, JobSpec, RLTrainingJob
+from contracts.stage import code_version
 
 STAGES = ("timeline", "features", "normalization", "training", "evaluation", "export")
 
@@ -43,14 +44,17 @@ class Outputs(NamedTuple):
 
 def parameters(spec: JobSpec, decision_log: str, version: str) -> dict[str, str]:
     """The pipeline's arguments for a job; `version` names the code and data, so that caches see both."""
-    if "python3" in decision_log:
-        raise ValueError(f"{decision_log}: KFP's local runner replaces 'python3' in arguments; use another path")
-    return {
+    values = {
         "decision_log": decision_log,
         "outcomes": spec.data.outcomes or "",
         "version": version,
         **{f"{stage}_job": spec.only(*SECTIONS[stage]) for stage in STAGES},
     }
+    if odd := [name for name, value in values.items() if "python3" in value]:
+        raise JobError(
+            f"{odd[0]}: KFP's local runner replaces the word 'python3' in arguments; use another path or name"
+        )
+    return values
 
 
 def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callable[..., Outputs]:
@@ -95,5 +99,5 @@ def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callabl
 
 def compile_pipeline(job: RLTrainingJob, decision_log: str, path: Path) -> None:
     """Write the pipeline's IR YAML with the job's own parameters as defaults."""
-    pipeline = build_pipeline(job.metadata.name, parameters(job.spec, decision_log, ""))
+    pipeline = build_pipeline(job.metadata.name, parameters(job.spec, decision_log, code_version()))
     compiler.Compiler().compile(pipeline, str(path))

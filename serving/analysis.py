@@ -49,16 +49,20 @@ class ArmReturns:
 class LiveReturns:
     """Follows the decision log and its outcomes as serving writes them, and sums a metric per finished MDP.
 
-    An MDP that both arms or two policies answered, or that stable answered in the candidate's place, measures
-    neither: it is left out and counted in `mixed`.
+    An MDP that both arms answered, or that stable answered in the candidate's place, measures neither: it is left out
+    and counted in `mixed`. The metric `reward`, where no outcome has it, is the dot product of the reported metrics and
+    `metric_weights`. With `skip_existing`, what was written before is not looked at.
     """
 
-    def __init__(self, log: Path, metric: str) -> None:
-        self.metric = metric
+    def __init__(
+        self, log: Path, metric: str, metric_weights: dict[str, float] | None = None, skip_existing: bool = False
+    ) -> None:
+        self.metric, self.metric_weights = metric, metric_weights or {}
         self.arms = {"stable": ArmReturns(), "candidate": ArmReturns()}
         self.mixed = 0
         self.metrics_seen: set[str] = set()
-        self._decisions, self._outcomes = _Tail(log / "decisions.jsonl"), _Tail(log / "outcomes.jsonl")
+        self._decisions = _Tail(log / "decisions.jsonl", skip_existing)
+        self._outcomes = _Tail(log / "outcomes.jsonl", skip_existing)
         self._answered_by: dict[str, set[str]] = {}
         self._totals: dict[str, float] = {}
 
@@ -71,8 +75,9 @@ class LiveReturns:
             self._answered_by.setdefault(row["mdp_id"], set()).add(by)
         for row in outcomes:
             mdp = row["mdp_id"]
-            self.metrics_seen.update(row["metrics"])
-            self._totals[mdp] = self._totals.get(mdp, 0.0) + row["metrics"].get(self.metric, 0.0)
+            metrics = self._with_reward(row["metrics"])
+            self.metrics_seen.update(metrics)
+            self._totals[mdp] = self._totals.get(mdp, 0.0) + metrics.get(self.metric, 0.0)
             if row["ended"]:
                 total, by = self._totals.pop(mdp), self._answered_by.pop(mdp, {"mixed"})
                 if len(by) == 1 and by <= set(self.arms):
@@ -80,12 +85,19 @@ class LiveReturns:
                 else:
                     self.mixed += 1
 
+    def _with_reward(self, metrics: dict[str, float]) -> dict[str, float]:
+        known = self.metric_weights.keys() & metrics.keys()
+        if self.metric != "reward" or "reward" in metrics or not known:
+            return metrics
+        return metrics | {"reward": sum(self.metric_weights[name] * metrics[name] for name in known)}
+
 
 class _Tail:
     """The whole lines that were added to a JSON-lines file since the last look."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
+    def __init__(self, path: Path, skip_existing: bool) -> None:
+        self.path = path
+        self.offset = path.stat().st_size if skip_existing and path.exists() else 0
 
     def lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -116,13 +128,21 @@ def check_reward(returns: LiveReturns, canary: Canary, new_candidates: int) -> C
     """
     name, metric = "reward", canary.metric
     stable, candidate = returns.arms["stable"], returns.arms["candidate"]
-    if returns.metrics_seen and metric not in returns.metrics_seen:
-        return Check(name, "error", f"no outcome reports {metric}; reported: {', '.join(sorted(returns.metrics_seen))}")
+    finished = stable.count + candidate.count
+    if finished and metric not in returns.metrics_seen:
+        seen = ", ".join(sorted(returns.metrics_seen)) or "none"
+        return Check(name, "error", f"no outcome of {finished} finished MDPs reports {metric}; reported: {seen}")
     least = canary.minimum_mdps
     if stable.count < least or new_candidates < least:
         return Check(name, "inconclusive", f"{new_candidates} candidate and {stable.count} stable MDPs of {least} each")
     share = canary.minimum_relative
-    radii = [confidence_radius(a.count, a.stddev, canary.significance / 2, least) for a in (stable, candidate)]
+    largest = max(stable.stddev, candidate.stddev)
+    if largest == 0:
+        return Check(name, "inconclusive", f"every MDP of both arms has the same {metric}: its spread is not known yet")
+    # An arm without spread so far is not one without spread: it is taken to have the other's.
+    radii = [
+        confidence_radius(a.count, a.stddev or largest, canary.significance / 2, least) for a in (stable, candidate)
+    ]
     difference = candidate.mean - share * stable.mean
     radius = radii[1] + abs(share) * radii[0]
     low, high = difference - radius, difference + radius

@@ -15,6 +15,8 @@ from serving.prometheus import query
 from serving.triton import read_state, write_state
 
 POLL_SECONDS = 1.0
+LEASE_SECONDS = 30.0
+"""Without another look by then, all MDPs go back to stable."""
 ERRORS_TOLERATED = 10
 """Looks in a row that cannot measure before the rollout gives up."""
 
@@ -24,6 +26,7 @@ def roll_out(
     state_file: Path,
     log: Path,
     prometheus: str,
+    metric_weights: dict[str, float] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -32,11 +35,15 @@ def roll_out(
 
     Verdicts: `promoted`, when every check of every step passed; `rolled_back`, when a check failed, a step did not
     pass in time, or nothing could be measured. Either way the state file holds the new stable policy and no candidate.
+    Interrupted, the candidate gets no more traffic and can be rolled out again. Raises `ServerError` when there is no
+    candidate.
     """
-    returns = analysis.LiveReturns(log, canary.metric)
+    returns = analysis.LiveReturns(log, canary.metric, metric_weights, skip_existing=True)
     ask = functools.partial(query, prometheus)
     state = read_state(state_file)
     candidate = state["candidate"]
+    if candidate is None:
+        raise ServerError(f"{state_file}: the service has no candidate; export a policy and serve it beside this one")
     steps: list[dict[str, Any]] = []
     began = clock()
     verdict, reason = "promoted", "every check of every step passed"
@@ -44,10 +51,11 @@ def roll_out(
         for number, weight in enumerate(canary.weights):
             step = _Step(weight, clock() - began, returns.arms["candidate"].count, _calls(ask))
             steps.append(step.record)
-            write_state(state_file, state | {"weight": weight})
             outcome = ""
             failures = 0
             while not outcome:
+                # The weight holds only as long as somebody watches.
+                write_state(state_file, state | {"weight": weight, "weight_until": time.time() + LEASE_SECONDS})
                 sleep(POLL_SECONDS)
                 returns.read()
                 checks = step.look(returns, canary, ask, clock() - began)
@@ -68,12 +76,15 @@ def roll_out(
             step.record["outcome"] = outcome
             if outcome != "passed":
                 verdict = "rolled_back"
-                worst = next(c for c in checks if c.verdict != "pass" and (c.verdict == "fail" or outcome != "failed"))
+                to_blame = {"failed": ("fail",), "cannot be measured": ("error",)}.get(
+                    outcome, ("inconclusive", "error")
+                )
+                worst = next(c for c in checks if c.verdict in to_blame)
                 reason = f"at weight {weight:.0%} the check of {worst.name} {outcome}: {worst.message}"
                 break
     except BaseException:
         # Interrupted: nobody watches the candidate any longer.
-        write_state(state_file, state | {"candidate": None, "weight": 0.0})
+        write_state(state_file, state | {"weight": 0.0})
         raise
     stable = candidate if verdict == "promoted" else state["stable"]
     write_state(state_file, state | {"stable": stable, "candidate": None, "weight": 0.0})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
 from components.export.repository import read_policies
 from contracts.job import Canary
 from serving.processes import ServerError
 from serving.prometheus import PrometheusServer
-from serving.triton import TritonServer, assemble_repository, write_state
+from serving.triton import TritonServer, assemble_repository, read_state, write_state
 
 ENDPOINTS = "endpoints.json"
 
@@ -31,25 +35,35 @@ class Endpoints:
 def read_endpoints(directory: Path) -> Endpoints:
     """The endpoints of the service that runs in `directory`; raises `ServerError` when none does."""
     path = directory / ENDPOINTS
-    if not path.is_file():
-        raise ServerError(f"{directory}: no service runs here; start one with `bluewhale serve`")
-    return Endpoints(**json.loads(path.read_text()))
+    if path.is_file():
+        endpoints = Endpoints(**json.loads(path.read_text()))
+        with contextlib.suppress(InferenceServerException), grpc.InferenceServerClient(endpoints.grpc) as client:
+            if client.is_server_live(client_timeout=5):
+                return endpoints
+    raise ServerError(f"{directory}: no service runs here; start one with `bluewhale serve`")
 
 
 @contextmanager
-def serve(directory: Path, stable: Path, candidate: Path, canary: Canary, salt: str) -> Iterator[Endpoints]:
-    """Serve two exported repositories, each with one policy: all traffic to stable until a rollout moves it."""
+def serve(directory: Path, stable: Path, candidate: Path | None, canary: Canary, salt: str) -> Iterator[Endpoints]:
+    """Serve exported repositories, each with one policy: all traffic to stable until a rollout moves it.
+
+    Started again in the same directory, a candidate that was promoted there stays the stable policy, and decisions are
+    appended to the log that is there.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     state_file, log = directory / "state.json", directory / "log"
-    arms = {}
-    for arm, exported in {"stable": stable, "candidate": candidate}.items():
-        (policy,) = read_policies(exported).values()
-        arms[arm] = {"version": policy["version"], "digest": policy["digest"]}
-    write_state(state_file, {**arms, "weight": 0.0, "salt": salt, "deadline_ms": canary.deadline_ms})
-    for name in ("decisions.jsonl", "outcomes.jsonl"):
-        (log / name).unlink(missing_ok=True)
+    exported = [stable] if candidate is None else [stable, candidate]
+    arms: list[dict[str, object] | None] = []
+    for source in exported:
+        (policy,) = read_policies(source).values()
+        arms.append({"version": policy["version"], "digest": policy["digest"]})
+    arms.append(None)
+    if state_file.exists() and arms[1] and read_state(state_file)["stable"] == arms[1]:
+        arms = arms[1:]
+    state = {"stable": arms[0], "candidate": arms[1], "weight": 0.0, "salt": salt, "deadline_ms": canary.deadline_ms}
+    write_state(state_file, state)
     repository = directory / "model_repository"
-    assemble_repository(repository, [stable, candidate], state_file, log)
+    assemble_repository(repository, exported, state_file, log)
     triton = TritonServer(repository, directory / "triton.log")
     try:
         triton.wait_until_ready()

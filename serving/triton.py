@@ -11,7 +11,7 @@ from typing import Any
 
 import tritonclient.grpc as grpc
 
-from components.export.repository import MODEL, read_policies
+from components.export.repository import MODEL, read_policies, write_config
 from serving.processes import Server, ServerError, free_ports
 
 HOME_VARIABLE = "BLUEWHALE_TRITON"
@@ -32,15 +32,8 @@ def assemble_repository(repository: Path, exported: list[Path], state_file: Path
     shutil.rmtree(repository, ignore_errors=True)
     for source in exported:
         shutil.copytree(source / MODEL, repository / MODEL, dirs_exist_ok=True)
-    policies = read_policies(repository)
-    first = next(iter(policies.values()))
-    # The model's own backend stands in every exported config; only the list of versions grows.
-    config = (repository / MODEL / "config.pbtxt").read_text()
-    head, _, _ = config.partition("version_policy")
-    versions = ", ".join(map(str, policies))
-    (repository / MODEL / "config.pbtxt").write_text(
-        f"{head}version_policy {{ specific {{ versions: [ {versions} ] }} }}\n"
-    )
+    first = next(iter(read_policies(repository).values()))
+    write_config(repository, "python" if list((repository / MODEL).glob("*/model.py")) else "onnxruntime")
     log.mkdir(parents=True, exist_ok=True)
     features, actions = len(first["features"]), len(first["actions"])
     _write_model(

@@ -44,7 +44,14 @@ class Traffic:
 
     def _play(self, number: int) -> None:
         environment = gymnasium.make("CartPole-v1")
-        with PolicyClient(self.address) as client:
+        try:
+            connection = PolicyClient(self.address)
+        except ServiceError as error:
+            with self._lock:
+                self.counts["failed_requests"] += 1
+                self.last_error = str(error)
+            return
+        with connection as client:
             for episode in range(number, self.episodes or 10**9, self.clients):
                 if self._stop.is_set():
                     return

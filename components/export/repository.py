@@ -60,12 +60,7 @@ def write_version(
 ) -> dict[str, Any]:
     """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
     version = version_of(digest)
-    for other in read_policies(repository).values():
-        if (other["features"], other["actions"]) != (features, actions):
-            raise StageError(
-                f"{repository}: policy {digest[:12]} differs from {other['digest'][:12]} there in features or actions; "
-                "they cannot share a service"
-            )
+    _check_alike(repository, [*read_policies(repository).values(), {"features": features, "actions": actions}])
     # Written beside its place and moved there whole: a version directory never changes.
     place = repository / MODEL / str(version)
     if place.exists():
@@ -101,8 +96,9 @@ def read_policies(repository: Path) -> dict[int, dict[str, Any]]:
 
 
 def write_config(repository: Path, backend: str = "python") -> None:
-    """Write the model's config.pbtxt for the versions that are there."""
+    """Write the model's config.pbtxt for the versions that are there, which must share features and actions."""
     policies = read_policies(repository)
+    _check_alike(repository, list(policies.values()))
     first = next(iter(policies.values()))
     f, a = len(first["features"]), len(first["actions"])
     threads = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
@@ -126,3 +122,13 @@ dynamic_batching {{ }}
 version_policy {{ specific {{ versions: [ {", ".join(map(str, policies))} ] }} }}
 {threads if backend == "onnxruntime" else ""}"""
     )
+
+
+def _check_alike(repository: Path, policies: list[dict[str, Any]]) -> None:
+    for other in policies[1:]:
+        for name in ("features", "actions"):
+            if other[name] != policies[0][name]:
+                raise StageError(
+                    f"{repository}: policies that differ in features or actions cannot share a service: {name} "
+                    f"{policies[0][name]} and {other[name]}"
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import warnings
 from datetime import UTC, timedelta
 from pathlib import Path
@@ -42,6 +43,15 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             raise StageError("features: no row of the log has state_features; log them, or name a feature service")
         if clash := _RESERVED.intersection(names):
             raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
+        if odd := [n for n in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", n)]:
+            raise StageError(f"features: state feature {odd[0]!r}: Feast takes letters, digits and _ only; rename it")
+        same_instant = transitions.groupBy("mdp_id", "event_time").count().where("count > 1")
+        if first := same_instant.first():
+            raise StageError(
+                f"features: mdp_id {first['mdp_id']} has {first['count']} decisions at {first['event_time']}, and "
+                f"{same_instant.count()} instants are like it: a state is found by MDP and event time, log event_time so "
+                "finely that it tells decisions apart"
+            )
         report(0, 3, f"{len(names)} features")
         source = directory / "source"
         transitions.select("mdp_id", "event_time", *[F.col("state_features")[n].alias(n) for n in names]).write.parquet(
@@ -52,24 +62,20 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
         report(1, 3, "joining point in time")
         keys = transitions.select("mdp_id", "sequence_number", F.col("event_time").alias("event_timestamp"))
         joined: DataFrame = store.get_historical_features(entity_df=keys, features=service).to_spark_df()
-        state = joined.select(
-            "mdp_id", "sequence_number", *[F.col(n).cast("double").alias(PREFIX + n) for n in names]
-        ).dropDuplicates(["mdp_id", "sequence_number"])
+        state = joined.select("mdp_id", "sequence_number", *[F.col(n).cast("double").alias(PREFIX + n) for n in names])
         training = transitions.drop("state_features").join(state, ["mdp_id", "sequence_number"], "left")
         training = training.repartition("mdp_id").sortWithinPartitions("mdp_id", "ordinal")
         training.write.parquet(str(directory / "training"))
         report(2, 3, "materializing online")
-        first, last = transitions.agg(F.min("event_time"), F.max("event_time")).collect()[0]
+        earliest, latest = transitions.agg(F.min("event_time"), F.max("event_time")).collect()[0]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             # Feast's window is (start, end]; it wants aware times, Spark returns naive ones in UTC.
-            store.materialize((first - timedelta(seconds=1)).replace(tzinfo=UTC), last.replace(tzinfo=UTC))
+            store.materialize((earliest - timedelta(seconds=1)).replace(tzinfo=UTC), latest.replace(tzinfo=UTC))
         written = spark.read.parquet(str(directory / "training"))
         missing = written.agg(*[F.avg(F.col(PREFIX + n).isNull().cast("int")).alias(n) for n in names]).collect()[0]
         rows, expected = written.count(), transitions.count()
         if rows != expected:
-            raise StageError(
-                f"features: {expected} transitions in, {rows} out; two decisions share a key and an instant"
-            )
+            raise StageError(f"features: {expected} transitions in, {rows} out")
         facts |= {"rows": rows, "features": names, "missing_fraction": {n: round(missing[n], 6) for n in names}}
         report(3, 3, f"{rows:,} rows")
 

@@ -12,7 +12,7 @@ def normalization(
     """Identify each state feature's type and how to normalize it.
 
     Args:
-        job: JSON of the job's sections actions, data and normalization.
+        job: JSON of the job's sections actions and normalization.
         version: Digest of code and input; a finished stage is redone when it changes.
         training_data: The features stage's directory.
         normalization: Directory with `spec.json`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         report(0, 3, "reading the log")
         log = read_log(spark, decision_log)
         if outcomes:
-            log = join_outcomes(spark, log, outcomes)
+            log, facts["outcomes"] = join_outcomes(spark, log, outcomes)
         checked = with_reason(log, spec.actions).cache()
         reasons = {r[REASON]: r["count"] for r in checked.groupBy(REASON).count().collect()}
         rows_in, rows_out = sum(reasons.values()), reasons.pop(None, 0)
@@ -74,21 +75,41 @@ def read_log(spark: SparkSession, path: str) -> DataFrame:
     return log.select(*columns, F.lit(None).cast("string").alias(CORRUPT))
 
 
-def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> DataFrame:
-    """Add to each decision the metrics that were reported for it later; the last report of a metric counts."""
+def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> tuple[DataFrame, dict[str, int]]:
+    """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
+
+    Of a metric reported twice the later report counts. Also returns how many reports there were, and how many of them
+    could not be parsed or match no decision.
+    """
     if not _exists(spark, path):
         raise StageError(f"data.outcomes {path}: no such file or directory")
-    reader = spark.read.schema(spark_ddl(OUTCOMES_SCHEMA))
-    outcomes = reader.json(path) if _is_json(spark, path) else reader.parquet(path)
-    per_metric = outcomes.select("mdp_id", "sequence_number", "truncated", F.explode_outer("metrics"))
+    if _is_json(spark, path):
+        reader = spark.read.schema(f"{spark_ddl(OUTCOMES_SCHEMA)}, {CORRUPT} string")
+        outcomes = reader.option("columnNameOfCorruptRecord", CORRUPT).json(path).cache()
+    else:
+        outcomes = spark.read.schema(spark_ddl(OUTCOMES_SCHEMA)).parquet(path).withColumn(CORRUPT, F.lit(None))
+    readable = outcomes.where(F.col(CORRUPT).isNull())
+    keys = log.select("mdp_id", "sequence_number").distinct()
+    reports = outcomes.count()
+    counts = {
+        "reports": reports,
+        "unparsable": reports - readable.count(),
+        "unmatched": readable.join(keys, ["mdp_id", "sequence_number"], "left_anti").count(),
+    }
+    per_metric = readable.select(
+        "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
+    )
     per_metric = per_metric.groupBy("mdp_id", "sequence_number", "key").agg(
-        F.last("value").alias("value"), F.max("truncated").alias("truncated")
+        F.max(F.struct("event_time", "value"))["value"].alias("value"),
+        F.max("truncated").alias("truncated"),
+        F.max("ended").alias("ended"),
     )
     reported = per_metric.groupBy("mdp_id", "sequence_number").agg(
         F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias(
             "_metrics"
         ),
         F.max("truncated").alias("_truncated"),
+        F.max("ended").alias("ended"),
     )
     joined = log.join(reported, ["mdp_id", "sequence_number"], "left")
     # What the log had already is overwritten by what was reported later.
@@ -97,19 +118,21 @@ def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> DataFrame:
         lambda k, _: ~F.coalesce(F.map_contains_key("_metrics", k), F.lit(False)),
     )
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
-    return joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")}).select(
-        log.columns
-    )
+    joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
+    return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts
 
 
 def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
     """The rows fit for use, each with what followed it in its MDP; `checked` comes from `with_reason`."""
     in_order = Window.partitionBy("mdp_id").orderBy("sequence_number")
     # A rejected row is a hole: what came before it must not be joined to what came after.
-    steps = checked.where(
-        F.col("mdp_id").isNotNull()
-        & F.col("sequence_number").isNotNull()
-        & ~F.coalesce(F.col(REASON) == "duplicate_step", F.lit(False))
+    # One without a readable key has no place, and cuts nothing; one whose step has a good row as well is no hole.
+    same_step = Window.partitionBy("mdp_id", "sequence_number")
+    steps = (
+        checked.where(F.col("mdp_id").isNotNull() & F.col("sequence_number").isNotNull())
+        .withColumn("has_good", F.max(F.col(REASON).isNull()).over(same_step))
+        .where(F.col(REASON).isNull() | ~F.col("has_good"))
+        .drop("has_good")
     )
     before_hole = F.coalesce(F.lead(F.col(REASON).isNotNull()).over(in_order), F.lit(False))
     numbered = steps.withColumns({"before_hole": before_hole, "ordinal": F.row_number().over(in_order)})
@@ -120,6 +143,9 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
         "truncated": last,
         "column": F.coalesce(F.col("truncated"), F.lit(False)),
     }[spec.data.last_step] | F.col("before_hole")
+    if "ended" in good.columns:
+        # Where ends are reported, an MDP without one is still under way.
+        cut = cut | (last & ~F.col("ended"))
     followed = good.withColumns(
         {
             "time_diff": F.lead("sequence_number").over(in_order) - F.col("sequence_number"),
@@ -136,6 +162,12 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
         Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number")).rowsBetween(Window.unboundedPreceding, 0)
     )
     names = sorted(r[0] for r in good.select(F.explode(F.map_keys("metrics"))).distinct().collect())
+    longest = good.agg(F.max("ordinal")).collect()[0][0] or 0
+    if 0 < spec.reward.discount < 1 and longest * math.log(spec.reward.discount) < -700:
+        raise StageError(
+            f"reward.discount {spec.reward.discount}: over an MDP of {longest} decisions it vanishes beyond what a "
+            "number can hold; raise it, or end MDPs earlier"
+        )
     factor = F.pow(F.lit(spec.reward.discount or 1.0), F.col("ordinal"))
     returns = []
     for name in names:
@@ -143,7 +175,11 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
         total = F.sum(logged * factor).over(from_here) / factor if spec.reward.discount else logged
         returns += [F.lit(name), total]
     followed = followed.withColumn("returns", F.create_map(*returns).cast("map<string,double>"))
-    return followed.drop("before_hole", REASON, CORRUPT).repartition("mdp_id").sortWithinPartitions("mdp_id", "ordinal")
+    return (
+        followed.drop("before_hole", "ended", REASON, CORRUPT)
+        .repartition("mdp_id")
+        .sortWithinPartitions("mdp_id", "ordinal")
+    )
 
 
 def describe(transitions: DataFrame) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
         ("missing_event_time", F.col("event_time").isNull()),
         ("missing_action", F.col("action").isNull() | (F.col("action") == "")),
         ("unknown_action", ~F.array_contains(known, F.col("action"))),
-        ("action_not_possible", ~F.array_contains(possible, F.col("action"))),
+        ("action_not_possible", ~F.coalesce(F.array_contains(possible, F.col("action")), F.lit(False))),
         # Null is a log without propensities; NaN compares greater than any number in Spark.
         ("probability_out_of_range", ~F.col("action_probability").between(F.lit(5e-324), F.lit(1.0))),
         ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),

@@ -1,5 +1,6 @@
 """Triton model `feedback`: what decisions brought, appended to the outcomes that the timeline joins to the log."""
 
+import datetime
 import json
 import math
 import os
@@ -35,7 +36,10 @@ class TritonPythonModel:
         return triton.InferenceResponse([triton.Tensor("rows", np.array([len(lines)], np.int64))])
 
     def rows(self, outcome):
+        if not outcome["metrics"]:
+            raise ValueError("no metrics: report one mapping for each decision, empty where it brought nothing")
         first, last = int(outcome["first_sequence_number"]), len(outcome["metrics"]) - 1
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         for i, metrics in enumerate(outcome["metrics"]):
             values = {str(name): float(value) for name, value in metrics.items()}
             if not all(map(math.isfinite, values.values())):
@@ -43,6 +47,7 @@ class TritonPythonModel:
             yield {
                 "mdp_id": str(outcome["mdp_id"]),
                 "sequence_number": first + i,
+                "event_time": now,
                 "metrics": values,
                 "ended": bool(outcome["ended"]) and i == last,
                 "truncated": bool(outcome["truncated"]) and i == last,

@@ -97,8 +97,10 @@ class TritonPythonModel:
     def decide(self, rows):
         state = self.read_state()
         arms = {"stable": [], "candidate": []}
+        # A rollout renews its weight at every look; one that is gone leaves no candidate unwatched.
+        weight = state["weight"] if time.time() < state.get("weight_until", float("inf")) else 0.0
         for row in rows:
-            chosen = state["candidate"] and unit_interval(state["salt"], row["mdp_id"]) < state["weight"]
+            chosen = state["candidate"] and unit_interval(state["salt"], row["mdp_id"]) < weight
             arms["candidate" if chosen else "stable"].append(row)
         pending = None
         if arms["candidate"]:

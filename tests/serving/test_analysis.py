@@ -79,6 +79,8 @@ def spread(mean: float, count: int) -> list[float]:
         (spread(30, 200), spread(60, 29), "inconclusive"),
         (spread(30, 29), spread(60, 40), "inconclusive"),
         ([], [], "inconclusive"),
+        ([0.0] * 200, [0.0] * 40, "inconclusive"),
+        (spread(30, 200), [500.0] * 40, "pass"),
     ],
 )
 def test_reward_is_judged_only_on_enough_evidence(stable, candidate, verdict):
@@ -95,6 +97,8 @@ def test_a_metric_that_nobody_reports_cannot_be_measured():
     check = check_reward(live, CANARY, 40)
     assert check.verdict == "error"
     assert "clicks" in check.message
+    live.metrics_seen = set()
+    assert check_reward(live, CANARY, 40).verdict == "error"
 
 
 def asking(**calls: float | None):
@@ -153,6 +157,24 @@ def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
     assert live.arms["stable"].values == [3.0]
     assert live.arms["candidate"].values == [7.0]
     assert live.mixed == 3
+
+
+def test_reward_is_the_weighted_sum_of_what_is_reported(tmp_path):
+    (tmp_path / "decisions.jsonl").write_text(decided("s", "stable"))
+    (tmp_path / "outcomes.jsonl").write_text(
+        json.dumps({"mdp_id": "s", "metrics": {"clicks": 3.0, "cost": 2.0}, "ended": True}) + "\n"
+    )
+    live = LiveReturns(tmp_path, "reward", {"clicks": 1.0, "cost": -0.5})
+    live.read()
+    assert live.arms["stable"].values == [2.0]
+
+
+def test_what_an_earlier_rollout_saw_is_not_counted_again(tmp_path):
+    (tmp_path / "decisions.jsonl").write_text(decided("s", "stable"))
+    (tmp_path / "outcomes.jsonl").write_text(outcome("s", 4.0))
+    live = LiveReturns(tmp_path, "reward", skip_existing=True)
+    live.read()
+    assert live.arms["stable"].values == []
 
 
 def test_a_torn_last_line_is_read_when_it_is_whole(tmp_path):

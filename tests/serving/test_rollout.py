@@ -121,13 +121,22 @@ def test_what_cannot_be_measured_is_rolled_back_after_some_looks(run, tmp_path):
     assert len(outcome["steps"][0]["looks"]) == rollout.ERRORS_TOLERATED
 
 
-def test_an_interrupted_rollout_leaves_no_candidate_unwatched(run, tmp_path):
+def test_an_interrupted_rollout_gives_the_candidate_no_traffic_and_can_be_tried_again(run, tmp_path):
     service = PlayedService(tmp_path, candidate_mean=60.0)
     service.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         run(service)
     state = read_state(tmp_path / "state.json")
-    assert (state["stable"], state["candidate"], state["weight"]) == (STABLE, None, 0.0)
+    assert (state["stable"], state["candidate"], state["weight"]) == (STABLE, CANDIDATE, 0.0)
+    service.interrupted = False
+    assert run(service)["verdict"] == "promoted"
+
+
+def test_a_rollout_without_a_candidate_is_refused(run, tmp_path):
+    service = PlayedService(tmp_path, candidate_mean=60.0)
+    run(service)
+    with pytest.raises(ServerError, match="the service has no candidate"):
+        run(service)
 
 
 def test_a_weight_step_only_ever_moves_mdps_from_stable_to_candidate():

@@ -97,9 +97,19 @@ def test_a_later_value_is_never_used_one_of_the_same_instant_is_and_an_old_one_i
 
 @pytest.mark.parametrize(
     ("state", "message"),
-    [({}, "no row of the log has state_features"), ({"event_time": 1.0}, "'event_time' has the name of a key column")],
+    [
+        ({}, "no row of the log has state_features"),
+        ({"user.age": 1.0}, "letters, digits and _ only"),
+        ({"event_time": 1.0}, "'event_time' has the name of a key column"),
+    ],
 )
 def test_a_state_that_cannot_be_joined_is_refused(tmp_path, state, message):
     with pytest.raises(StageError, match=message):
         join_features(SPEC, timeline(tmp_path / "timeline", [row("m", 0, **state)]), tmp_path / "out")
     assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_decisions_of_one_instant_are_refused_not_mixed_up(tmp_path):
+    rows = [row("m", 0, x=1.0), row("m", 1, x=2.0) | {"event_time": NOON}]
+    with pytest.raises(StageError, match="mdp_id m has 2 decisions at"):
+        join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")

@@ -82,6 +82,7 @@ def followed(checked):
         ("missing_action", {"action": ""}),
         ("unknown_action", {"action": "jump"}),
         ("action_not_possible", {"possible_actions": ["right"]}),
+        ("action_not_possible", {"possible_actions": [None]}),
         ("probability_out_of_range", {"action_probability": 0.0}),
         ("probability_out_of_range", {"action_probability": 1.5}),
         ("probability_out_of_range", {"action_probability": -0.1}),
@@ -168,6 +169,27 @@ def test_a_rejected_last_row_leaves_no_false_end(followed):
     assert [(row["terminal"], row["truncated"]) for row in rows] == [(False, True)]
 
 
+def test_a_rejected_copy_of_a_good_step_is_no_hole(followed):
+    rows = followed(decision(step=0), decision(step=1, action_probability=0.0), decision(step=1), decision(step=2))
+    assert [row["ordinal"] for row in rows] == [1, 2, 3]
+    assert [row["truncated"] for row in rows] == [False, False, False]
+
+
+def test_where_ends_are_reported_an_mdp_without_one_is_still_under_way(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision("done"), decision("open")]))
+    done = {"mdp_id": "done", "sequence_number": 0, "metrics": {"reward": 1.0}, "ended": True}
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(done) + "\n")
+    frame, _ = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
+    rows = add_what_followed(with_reason(frame, ["left", "right"]), spec()).orderBy("mdp_id").collect()
+    assert [(row["terminal"], row["truncated"]) for row in rows] == [(True, False), (False, True)]
+
+
+def test_a_discount_that_vanishes_over_a_long_mdp_is_refused(checked):
+    frame = checked(*[decision(step=i) for i in range(1100)])
+    with pytest.raises(StageError, match=r"reward\.discount 0\.5: over an MDP of 1100 decisions"):
+        add_what_followed(frame, spec(reward={"discount": 0.5}))
+
+
 def test_a_duplicate_is_no_hole(followed):
     rows = followed(decision(step=0), decision(step=1), decision(step=1), decision(step=2))
     assert [row["truncated"] for row in rows] == [False, False, False]
@@ -195,12 +217,20 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
         {"mdp_id": "nobody", "sequence_number": 0, "metrics": {"clicks": 9.0}},
     ]
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(o) + "\n" for o in outcomes))
-    joined = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl")).orderBy("sequence_number").collect()
+    with (tmp_path / "outcomes.jsonl").open("a") as stream:
+        stream.write('{"mdp_id": "a", "sequ\n')
+        for clicks, second in ((7.0, 2), (6.0, 1)):
+            late = {"mdp_id": "a", "sequence_number": 2, "metrics": {"clicks": clicks}}
+            stream.write(json.dumps(late | {"event_time": (NOON + timedelta(seconds=second)).isoformat()}) + "\n")
+    frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
+    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1}
+    joined = frame.orderBy("sequence_number").collect()
     assert [row["metrics"] for row in joined] == [
         {"reward": 5.0, "clicks": 2.0},
         {"reward": 1.0, "clicks": 3.0},
-        {"reward": 1.0},
+        {"reward": 1.0, "clicks": 7.0},
     ]
+    assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
 
 
