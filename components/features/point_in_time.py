@@ -49,8 +49,8 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
         if first := same_instant.first():
             raise StageError(
                 f"features: mdp_id {first['mdp_id']} has {first['count']} decisions at {first['event_time']}, and "
-                f"{same_instant.count()} instants are like it: a state is found by MDP and event time, log event_time so "
-                "finely that it tells decisions apart"
+                f"{same_instant.count()} instants are like it: a state is found by MDP and event time; log event_time "
+                "so finely that it tells decisions apart"
             )
         report(0, 3, f"{len(names)} features")
         source = directory / "source"
