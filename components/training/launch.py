@@ -12,7 +12,7 @@ from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppState
 
-from components.training.bundle import DESCRIPTION, WEIGHTS
+from components.training.bundle import DESCRIPTION
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
 from contracts.stage import StageError, read_record, stage
@@ -40,7 +40,6 @@ def train(spec: JobSpec, features: str | Path, normalization: str | Path, output
         facts |= {
             "digest": bundle["digest"],
             "weights_digest": bundle["weights_digest"],
-            "weights": str(directory / "policy" / WEIGHTS),
             "epochs": spec.training.epochs,
             "workers": spec.training.workers,
             "transitions": bundle["provenance"]["transitions"],

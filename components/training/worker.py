@@ -81,7 +81,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     terminal = torch.from_numpy(data.terminal)
     algorithm = spec.algorithm.dqn
     network = build_network(algorithm, normalization, len(spec.actions))
-    distributed = DistributedDataParallel(network, broadcast_buffers=False)
+    distributed = DistributedDataParallel(network, forward_sync_buffers=False)
     trainer = DQNTrainer(network, algorithm, spec.reward.discount, distributed)
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
