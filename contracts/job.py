@@ -181,7 +181,9 @@ class Canary(Model):
     )
     significance: Fraction = Field(0.05, description="Error rate of the sequential test over the whole rollout.")
     max_error_fraction: float = Field(0.01, ge=0, le=1, description="Candidate calls that may fail or come late.")
-    max_latency_ms: Positive = Field(100.0, description="Largest accepted 99th percentile of the candidate's latency.")
+    max_latency_ms: float = Field(
+        100.0, gt=0, lt=1000, description="Largest accepted 99th percentile of the candidate's latency."
+    )
     deadline_ms: Positive = Field(250.0, description="A candidate slower than this is answered for by stable.")
     step_timeout_seconds: Positive = Field(120.0, description="A step that has not passed by then is rolled back.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -49,6 +50,18 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     unfinished = output / f".{RECORD}"
     unfinished.write_text(json.dumps(record | facts, indent=2))
     os.replace(unfinished, output / RECORD)
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep other commands out of a directory for as long as the block runs; raises `StageError` when one is in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{directory}: another command is at work here; wait for it, or end it") from None
+        yield
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:

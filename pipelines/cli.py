@@ -112,11 +112,12 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print the resul
 @_as_json
 def run(run: Run, as_json: bool) -> None:
     """Run the whole job, or what of it is not finished, and write result.json and report.html."""
+    from contracts.stage import alone
     from pipelines.local import run_job
 
     started = time.time()
     try:
-        with Display(console) as display:
+        with alone(run.directory), Display(console) as display:
             code = run_job(run, display)
     finally:
         if as_json and run.result:
@@ -210,6 +211,7 @@ def serve(run: Run) -> None:
     With a simulation, the behaviour policy is the stable one and keeps all traffic until `bluewhale rollout` moves it.
     Without one there is nothing to compare with, and the exported policy itself answers.
     """
+    from contracts.stage import alone
     from pipelines.local import export_stable
     from serving.service import serve as start
 
@@ -217,7 +219,10 @@ def serve(run: Run) -> None:
     exported = run.path("export") / "model_repository"
     stable, candidate = (export_stable(run), exported) if run.job.spec.simulation else (exported, None)
     salt = f"{run.job.metadata.name}-{run.job.spec.seed}"
-    with start(run.path("serving"), stable, candidate, run.job.spec.deploy.canary, salt) as endpoints:
+    with (
+        alone(run.path("serving")),
+        start(run.path("serving"), stable, candidate, run.job.spec.deploy.canary, salt) as endpoints,
+    ):
         for name, value in vars(endpoints).items():
             click.echo(f"{name:>14}  {value}")
         console.print("serving; Ctrl-C ends it", highlight=False)

@@ -70,6 +70,13 @@ def run_job(run: Run, display: Display) -> int:
         "stages": {},
         "versions": _versions(),
     }
+    # What an earlier run left is not this one's: stages that are still good come back from the cache.
+    (run.directory / "report.html").unlink(missing_ok=True)
+    for stage in STAGES:
+        if run.path(stage).is_symlink():
+            run.path(stage).unlink()
+        else:
+            shutil.rmtree(run.path(stage), ignore_errors=True)
     try:
         if spec.simulation:
             log(run, display)
@@ -130,10 +137,6 @@ def train_and_evaluate(run: Run, display: Display) -> None:
     for name, path in paths.items():
         if path and not Path(path).exists():
             raise StageError(f"spec.data.{name} {path}: no such file or directory")
-    # What an earlier run left is not this one's: stages that are still good come back from the cache.
-    for stage in STAGES:
-        if run.path(stage).is_symlink():
-            run.path(stage).unlink()
     version = f"{code_version()}-{digest_files(*data)[:12]}"
     arguments = parameters(run.job.spec, str(Path(run.decision_log).absolute()), version)
     temporary = run.directory / "tmp"
@@ -172,9 +175,6 @@ def train_and_evaluate(run: Run, display: Display) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for stage in STAGES:
         link, target = run.path(stage), Path(task.outputs[stage].path)  # type: ignore[attr-defined]
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
-        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(target, link.parent))
         record = run.record(stage)
         assert record is not None
@@ -206,6 +206,7 @@ def rollout(run: Run, display: Display) -> None:
     record = run.record("rollout")
     if record and record.get("settings") == settings and record["verdict"] == "promoted":
         run.result["rollout"] = {k: v for k, v in record.items() if k not in ("stage", "status", "seconds", "settings")}
+        run.result["stages"]["rollout"] = {"status": "succeeded", "seconds": record["seconds"]}
         display.finish("rollout", record["seconds"], cached=True)
         return
     display.start("rollout", "starting Triton and Prometheus")
@@ -253,14 +254,14 @@ def export_stable(run: Run) -> Path:
     repository = run.path("stable") / "model_repository"
     if run.path("stable").exists():
         shutil.rmtree(run.path("stable"))
-    export_behaviour(spec.simulation.behaviour_policy, repository)
+    export_behaviour(spec.simulation.behaviour_policy, repository, spec.export.backend)
     return repository
 
 
 def collect(run: Run) -> None:
     """Put into the result what the finished stages left."""
     result = run.result
-    for stage in ("log", *STAGES, "rollout"):
+    for stage in ("log", *STAGES):
         record = run.record(stage)
         if record and stage not in result["stages"]:
             result["stages"][stage] = {"status": record["status"], "seconds": record["seconds"]}

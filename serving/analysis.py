@@ -64,7 +64,15 @@ class LiveReturns:
         self._decisions = _Tail(log / "decisions.jsonl", skip_existing)
         self._outcomes = _Tail(log / "outcomes.jsonl", skip_existing)
         self._answered_by: dict[str, set[str]] = {}
-        self._totals: dict[str, float] = {}
+        # Per MDP and decision, so that an outcome reported twice counts once, the later report.
+        self._rewards: dict[str, dict[int, float]] = {}
+        if skip_existing:
+            # An MDP that is under way belongs to no arm whole: it counts for neither when it ends.
+            before = _Tail(log / "decisions.jsonl", False).lines(self._decisions.offset)
+            self._answered_by = {row["mdp_id"]: {"mixed"} for row in before}
+            for row in _Tail(log / "outcomes.jsonl", False).lines(self._outcomes.offset):
+                if row["ended"]:
+                    self._answered_by.pop(row["mdp_id"], None)
 
     def read(self) -> None:
         """Take in what has been written since the last call."""
@@ -77,9 +85,9 @@ class LiveReturns:
             mdp = row["mdp_id"]
             metrics = self._with_reward(row["metrics"])
             self.metrics_seen.update(metrics)
-            self._totals[mdp] = self._totals.get(mdp, 0.0) + metrics.get(self.metric, 0.0)
+            self._rewards.setdefault(mdp, {})[row["sequence_number"]] = metrics.get(self.metric, 0.0)
             if row["ended"]:
-                total, by = self._totals.pop(mdp), self._answered_by.pop(mdp, {"mixed"})
+                total, by = math.fsum(self._rewards.pop(mdp).values()), self._answered_by.pop(mdp, {"mixed"})
                 if len(by) == 1 and by <= set(self.arms):
                     self.arms[by.pop()].values.append(total)
                 else:
@@ -99,12 +107,12 @@ class _Tail:
         self.path = path
         self.offset = path.stat().st_size if skip_existing and path.exists() else 0
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self, until: int | None = None) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
-            data = stream.read()
+            data = stream.read() if until is None else stream.read(until - self.offset)
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
@@ -166,7 +174,12 @@ def check_errors(ask: Callable[[str], float | None], canary: Canary, before: dic
         return Check("errors", "inconclusive", "the candidate has not been called yet")
     bad = total - calls["answered"]
     text = f"{bad:.0f} of {total:.0f} candidate calls failed, came late or were shed"
-    return Check("errors", "pass" if bad <= canary.max_error_fraction * total else "fail", text, bad / total)
+    allowed = canary.max_error_fraction
+    verdict: Verdict = "pass"
+    if bad > allowed * total:
+        # A single bad call among few says little; what would be too many of 1 / allowed calls says enough.
+        verdict = "fail" if allowed == 0 or bad > max(1.0, allowed * total) else "inconclusive"
+    return Check("errors", verdict, text, bad / total)
 
 
 def candidate_calls(ask: Callable[[str], float | None]) -> dict[str, float]:

@@ -48,7 +48,7 @@ def behaviour_policy(policy: BehaviourPolicy) -> Policy:
     return act
 
 
-def export_behaviour(policy: BehaviourPolicy, repository: Path) -> dict[str, Any]:
+def export_behaviour(policy: BehaviourPolicy, repository: Path, backend: str = "python") -> dict[str, Any]:
     """Add the behaviour policy to a Triton model repository, as any other policy."""
     states = np.random.default_rng(0).normal(size=(1000, len(FEATURES))).astype(np.float32)
     return write_version(
@@ -59,6 +59,7 @@ def export_behaviour(policy: BehaviourPolicy, repository: Path) -> dict[str, Any
         actions=list(ACTIONS),
         digest=behaviour_digest(policy),
         states=states,
+        backend=backend,
     )
 
 

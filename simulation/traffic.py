@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ class Traffic:
     episodes: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
     last_error: str | None = None
+    # Traffic played twice on one service must not continue the MDPs of the first time.
+    token: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -55,7 +58,7 @@ class Traffic:
             for episode in range(number, self.episodes or 10**9, self.clients):
                 if self._stop.is_set():
                     return
-                self._episode(client, environment, f"live-{self.seed}-{episode:06d}", episode)
+                self._episode(client, environment, f"live-{self.token}-{episode:06d}", episode)
 
     def _episode(self, client: PolicyClient, environment: gymnasium.Env, mdp_id: str, episode: int) -> None:
         state, _ = environment.reset(seed=self.seed * 1_000_003 + episode)

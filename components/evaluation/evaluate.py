@@ -36,7 +36,7 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
         held_out, excluded = _whole_mdps(held_out)
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
-        bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir())]
+        bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))]
         evaluator = _Evaluator(spec, train, held_out, bundles[-1])
         epochs: list[dict[str, Any]] = []
         for number, bundle in enumerate(bundles, 1):
@@ -44,7 +44,7 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
             wsdr = epochs[-1]["estimates"]["weighted_sequential_doubly_robust"]
             name = spec.evaluation.gate.metric
             text = f"epoch {number}"
-            if isinstance(wsdr.get(name), dict):
+            if isinstance(wsdr.get(name), dict) and wsdr[name]["relative"] is not None:
                 text += f" {name} {wsdr[name]['relative']:.2f}x logged"
             report(number, len(bundles), text)
         final: dict[str, Any] = epochs[-1]["estimates"]

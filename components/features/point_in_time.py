@@ -41,7 +41,7 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
         names = sorted(r[0] for r in transitions.select(F.explode(F.map_keys("state_features"))).distinct().collect())
         if not names:
             raise StageError("features: no row of the log has state_features; log them, or name a feature service")
-        if clash := _RESERVED.intersection(names):
+        if clash := _RESERVED.intersection(n.lower() for n in names):
             raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
         if odd := [n for n in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", n)]:
             raise StageError(f"features: state feature {odd[0]!r}: Feast takes letters, digits and _ only; rename it")

@@ -7,6 +7,8 @@ from pyspark.sql import functions as F
 
 CORRUPT = "_corrupt_record"
 REASON = "quarantine_reason"
+SMALLEST_PROBABILITY = 1e-30
+"""A smaller one would make importance weights overflow."""
 
 
 def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
@@ -25,7 +27,7 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
         ("unknown_action", ~F.array_contains(known, F.col("action"))),
         ("action_not_possible", ~F.coalesce(F.array_contains(possible, F.col("action")), F.lit(False))),
         # Null is a log without propensities; NaN compares greater than any number in Spark.
-        ("probability_out_of_range", ~F.col("action_probability").between(F.lit(5e-324), F.lit(1.0))),
+        ("probability_out_of_range", ~F.col("action_probability").between(F.lit(SMALLEST_PROBABILITY), F.lit(1.0))),
         ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),
         ("non_finite_metric", F.exists(F.map_values("metrics"), _not_finite)),
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.stage import RECORD, StageError, digest_files, read_record, stage
+from contracts.stage import RECORD, StageError, alone, digest_files, read_record, stage
 
 
 def test_the_record_is_written_last_and_holds_the_facts(tmp_path: Path) -> None:
@@ -141,3 +141,14 @@ def test_a_digest_leaves_stage_records_and_markers_out(tmp_path: Path) -> None:
     for name in (RECORD, "_SUCCESS", ".x.crc"):
         (tmp_path / name).write_text("anything")
     assert digest_files(tmp_path) == before
+
+
+def test_a_directory_is_worked_in_by_one_command_at_a_time(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path / "run"),
+        pytest.raises(StageError, match="another command is at work here"),
+        alone(tmp_path / "run"),
+    ):
+        pass
+    with alone(tmp_path / "run"):
+        pass

@@ -115,6 +115,8 @@ def test_errors_are_counted_from_the_step_s_start():
     assert check.verdict == "fail"
     assert "6 of 206" in check.message
     assert check_errors(asking(answered=100.0, failed=50.0), CANARY, before).verdict == "inconclusive"
+    assert check_errors(asking(answered=119.0, failed=50.0, late=1.0), CANARY, before).verdict == "inconclusive"
+    assert check_errors(asking(answered=100.0, failed=52.0), CANARY, before).verdict == "fail"
 
 
 def test_latency_passes_fails_or_has_not_been_seen():
@@ -135,8 +137,9 @@ def decided(mdp: str, arm: str, fallback: bool = False, policy: str = "p") -> st
     return json.dumps({"mdp_id": mdp, "arm": arm, "fallback": fallback, "policy_version": policy}) + "\n"
 
 
-def outcome(mdp: str, reward: float, ended: bool = True) -> str:
-    return json.dumps({"mdp_id": mdp, "metrics": {"reward": reward}, "ended": ended}) + "\n"
+def outcome(mdp: str, reward: float, ended: bool = True, step: int = 0) -> str:
+    row = {"mdp_id": mdp, "sequence_number": step, "metrics": {"reward": reward}, "ended": ended}
+    return json.dumps(row) + "\n"
 
 
 def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
@@ -149,7 +152,7 @@ def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
         + decided("open", "stable")
     )
     (tmp_path / "outcomes.jsonl").write_text(
-        outcome("s", 1.0, ended=False) + outcome("s", 2.0) + outcome("c", 7.0) + outcome("moved", 9.0)
+        outcome("s", 9.0, ended=False) + outcome("s", 1.0, ended=False) + outcome("s", 2.0, step=1) + outcome("c", 7.0) + outcome("moved", 9.0)
         + outcome("helped", 9.0) + outcome("open", 9.0, ended=False) + outcome("never-decided", 9.0)
     )  # fmt: skip
     live = LiveReturns(tmp_path, "reward")
@@ -162,7 +165,7 @@ def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
 def test_reward_is_the_weighted_sum_of_what_is_reported(tmp_path):
     (tmp_path / "decisions.jsonl").write_text(decided("s", "stable"))
     (tmp_path / "outcomes.jsonl").write_text(
-        json.dumps({"mdp_id": "s", "metrics": {"clicks": 3.0, "cost": 2.0}, "ended": True}) + "\n"
+        json.dumps({"mdp_id": "s", "sequence_number": 0, "metrics": {"clicks": 3.0, "cost": 2.0}, "ended": True}) + "\n"
     )
     live = LiveReturns(tmp_path, "reward", {"clicks": 1.0, "cost": -0.5})
     live.read()
@@ -172,9 +175,17 @@ def test_reward_is_the_weighted_sum_of_what_is_reported(tmp_path):
 def test_what_an_earlier_rollout_saw_is_not_counted_again(tmp_path):
     (tmp_path / "decisions.jsonl").write_text(decided("s", "stable"))
     (tmp_path / "outcomes.jsonl").write_text(outcome("s", 4.0))
+    with (tmp_path / "decisions.jsonl").open("a") as stream:
+        stream.write(decided("under-way", "stable"))
     live = LiveReturns(tmp_path, "reward", skip_existing=True)
+    with (tmp_path / "decisions.jsonl").open("a") as stream:
+        stream.write(decided("under-way", "candidate") + decided("new", "stable"))
+    with (tmp_path / "outcomes.jsonl").open("a") as stream:
+        stream.write(outcome("under-way", 8.0) + outcome("new", 5.0))
     live.read()
-    assert live.arms["stable"].values == []
+    assert live.arms["stable"].values == [5.0]
+    assert live.arms["candidate"].values == []
+    assert live.mixed == 1
 
 
 def test_a_torn_last_line_is_read_when_it_is_whole(tmp_path):

@@ -45,7 +45,7 @@ class PlayedService:
             mean = self.candidate_mean if arm == "candidate" else 30.0
             self.append("decisions", {"mdp_id": mdp, "arm": arm, "fallback": False})
             reward = float(self.rng.normal(mean, 3.0))
-            self.append("outcomes", {"mdp_id": mdp, "metrics": {"reward": reward}, "ended": True})
+            self.append("outcomes", {"mdp_id": mdp, "sequence_number": 0, "metrics": {"reward": reward}, "ended": True})
 
     def append(self, name: str, row: dict) -> None:
         with (self.directory / f"{name}.jsonl").open("a") as stream:
