@@ -152,7 +152,8 @@ def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
         + decided("open", "stable")
     )
     (tmp_path / "outcomes.jsonl").write_text(
-        outcome("s", 9.0, ended=False) + outcome("s", 1.0, ended=False) + outcome("s", 2.0, step=1) + outcome("c", 7.0) + outcome("moved", 9.0)
+        outcome("s", 9.0, ended=False) + outcome("s", 1.0, ended=False) + outcome("s", 2.0, step=1)
+        + outcome("c", 7.0) + outcome("moved", 9.0)
         + outcome("helped", 9.0) + outcome("open", 9.0, ended=False) + outcome("never-decided", 9.0)
     )  # fmt: skip
     live = LiveReturns(tmp_path, "reward")
