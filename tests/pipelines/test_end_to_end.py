@@ -104,7 +104,8 @@ def test_the_result_says_for_programs_what_the_report_says_for_people(promoted, 
 
 def test_nothing_is_left_running(promoted, workplace):
     assert wait_until(lambda: not engines_under(workplace), 10), engines_under(workplace)
-    assert not list(Path("/dev/shm").glob("bluewhale_*"))
+    owners = {path.name: int(path.name.split("_")[1]) for path in Path("/dev/shm").glob("bluewhale_*")}
+    assert [name for name, owner in owners.items() if not psutil.pid_exists(owner)] == []
 
 
 def test_the_log_that_serving_wrote_trains_the_next_policy(promoted, workplace):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def endpoints(directory):
     with serve(directory / "run", directory / "stable", directory / "candidate", canary, "salt") as endpoints:
         yield endpoints
     assert not (directory / "run" / ENDPOINTS).exists()
-    assert not list(Path("/dev/shm").glob("bluewhale_*")), "Triton's shared memory is cleaned up"
+    assert not list(Path("/dev/shm").glob(f"bluewhale_{os.getpid()}_*")), "Triton's shared memory is cleaned up"
     with pytest.raises(ServerError, match="no service runs here"):
         read_endpoints(directory / "run")
 
