@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 JOB ?= manifests/examples/cartpole.yaml
+DOCKER ?= docker
+REGISTRY ?= ghcr.io/bluewhale-rl
+TAG ?= 0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format lock clean
+.PHONY: help install run test lint format crds images lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +32,14 @@ lint: $(VENV)/.installed ## Check style, types and the direction of imports
 format: $(VENV)/.installed ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+crds: $(VENV)/.installed ## Write manifests/crd from the types in contracts/
+	$(BIN)/python -m bluewhale_operator.crd
+
+images: ## Build the container images (REGISTRY, TAG, DOCKER=podman)
+	for target in operator spark training serving; do \
+	  $(DOCKER) build --file manifests/images/Dockerfile --target $$target --tag $(REGISTRY)/$$target:$(TAG) . || exit 1; \
+	done
 
 lock: $(VENV)/.installed ## Write constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

@@ -1,5 +1,6 @@
-"""The container image that every component runs in on a cluster."""
+"""The container images that the components run in on a cluster."""
 
 import os
 
-IMAGE = os.environ.get("BLUEWHALE_IMAGE", "ghcr.io/bluewhale-rl/python-training:0.1.0")
+SPARK_IMAGE = os.environ.get("BLUEWHALE_SPARK_IMAGE", "ghcr.io/bluewhale-rl/spark:0.1.0")
+TRAINING_IMAGE = os.environ.get("BLUEWHALE_TRAINING_IMAGE", "ghcr.io/bluewhale-rl/training:0.1.0")

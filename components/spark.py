@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import yaml
 from pyspark.sql import SparkSession
+
+USER = 65532
+DRIVER_PORT, BLOCK_MANAGER_PORT = 7078, 7079
 
 
 @contextmanager
@@ -18,9 +26,7 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     os.environ["TZ"] = "UTC"
     time.tzset()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     master = os.environ.get("SPARK_MASTER", "local[*]")
-    builder = SparkSession.builder.appName(f"bluewhale-{name}").master(master)
     settings = {
         "spark.sql.session.timeZone": "UTC",
         "spark.ui.enabled": "false",
@@ -28,11 +34,16 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         "spark.driver.memory": os.environ.get("SPARK_DRIVER_MEMORY", "2g"),
         "spark.driver.extraJavaOptions": "-Duser.timezone=UTC",
     }
+    if master.startswith("k8s://"):
+        settings |= executor_settings(os.environ, Path(tempfile.mkdtemp(prefix="spark-")) / "executor.yaml")
+    else:
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     if master.startswith("local"):
         # Small jobs on one machine: as many partitions as cores, no listening on outside addresses.
         settings["spark.sql.shuffle.partitions"] = str(os.cpu_count())
         settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.driver.host"] = "127.0.0.1"
+    builder = SparkSession.builder.appName(f"bluewhale-{name}").master(master)
     for key, value in settings.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
@@ -41,3 +52,63 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         yield session
     finally:
         session.stop()
+
+
+def executor_settings(environment: Mapping[str, str], template: Path) -> dict[str, str]:
+    """Settings for executors as pods, from the environment of the stage's pod; writes their template to `template`.
+
+    Executors mount what the driver mounts, and go when the driver's pod goes, which is their owner.
+    """
+    template.write_text(yaml.safe_dump(executor_template(environment), sort_keys=False))
+    kubernetes = "spark.kubernetes"
+    settings = {
+        f"{kubernetes}.namespace": environment["BLUEWHALE_NAMESPACE"],
+        f"{kubernetes}.driver.pod.name": environment["POD_NAME"],
+        f"{kubernetes}.executor.podTemplateFile": str(template),
+        f"{kubernetes}.executor.container.image": environment["BLUEWHALE_SPARK_IMAGE"],
+        f"{kubernetes}.container.image.pullPolicy": environment.get("BLUEWHALE_PULL_POLICY", "IfNotPresent"),
+        f"{kubernetes}.executor.label.bluewhale.io/job": environment["BLUEWHALE_JOB"],
+        f"{kubernetes}.executor.label.bluewhale.io/role": "executor",
+        "spark.executor.instances": environment["BLUEWHALE_SPARK_EXECUTORS"],
+        "spark.executor.cores": environment["BLUEWHALE_SPARK_EXECUTOR_CORES"],
+        "spark.executor.memory": environment["BLUEWHALE_SPARK_EXECUTOR_MEMORY"],
+        "spark.executor.extraJavaOptions": "-Duser.timezone=UTC",
+        "spark.executorEnv.TZ": "UTC",
+        # Executors call the driver back; fixed ports can be let through by a network policy.
+        "spark.driver.host": environment["POD_IP"],
+        "spark.driver.bindAddress": environment["POD_IP"],
+        "spark.driver.port": str(DRIVER_PORT),
+        "spark.driver.blockManager.port": str(BLOCK_MANAGER_PORT),
+    }
+    if secrets := json.loads(environment.get("BLUEWHALE_PULL_SECRETS", "[]")):
+        settings[f"{kubernetes}.container.image.pullSecrets"] = ",".join(secrets)
+    if account := environment.get("BLUEWHALE_WORKER_SERVICE_ACCOUNT"):
+        settings[f"{kubernetes}.authenticate.executor.serviceAccountName"] = account
+    return settings
+
+
+def executor_template(environment: Mapping[str, str]) -> dict[str, Any]:
+    """An executor's pod, as far as Spark does not fill it in itself; it meets the restricted Pod Security Standard."""
+    mounts = json.loads(environment.get("BLUEWHALE_VOLUMES", "[]"))
+    claims = {claim: f"claim-{i}" for i, claim in enumerate(dict.fromkeys(m["claimName"] for m in mounts))}
+    container = {
+        "name": "executor",
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [
+            {"name": claims[m["claimName"]]} | {k: v for k, v in m.items() if k != "claimName"} for m in mounts
+        ],
+    }
+    user = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "spec": {
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": user,
+            "containers": [container],
+            "volumes": [
+                {"name": name, "persistentVolumeClaim": {"claimName": claim}} for claim, name in claims.items()
+            ],
+        },
+    }

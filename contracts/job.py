@@ -62,12 +62,14 @@ class Simulation(Model):
     """A Gymnasium environment that stands in for the product: it makes the log and plays the live traffic."""
 
     environment: Literal["CartPole-v1"] = Field(description="The Gymnasium environment's id.")
-    behaviour_policy: BehaviourPolicy
+    behaviour_policy: BehaviourPolicy = Field(description="The policy that makes the log.")
     episodes: int = Field(500, ge=2, description="Episodes to log with the behaviour policy.")
     truth_episodes: int = Field(200, ge=2, description="Fresh episodes that measure a policy's true return.")
 
 
 class Data(Model):
+    """The logged decisions, and what of them is used."""
+
     decision_log: str | None = Field(
         None, description="Path of the decision log (Parquet or JSON lines); left out when a simulation makes it."
     )
@@ -85,15 +87,19 @@ class OnlineStore(Model):
     """Feast's online store; any further keys of that store's configuration are passed on as they are."""
 
     model_config = ConfigDict(extra="allow")
-    type: str = "sqlite"
+    type: str = Field("sqlite", description="Feast's name of the store: `sqlite`, `redis`, ...")
 
 
 class Features(Model):
+    """State features, joined point in time."""
+
     ttl_seconds: int = Field(86_400, ge=1, description="A feature value older than this at the decision is missing.")
-    online_store: OnlineStore = OnlineStore()
+    online_store: OnlineStore = Field(OnlineStore(), description="Where Feast keeps each feature's newest value.")
 
 
 class Reward(Model):
+    """What the policy is to earn."""
+
     metric_weights: dict[str, float] = Field(
         {"reward": 1.0}, min_length=1, description="Reward = dot product of these and the logged metrics."
     )
@@ -106,10 +112,10 @@ FeatureType = Literal["binary", "probability", "continuous", "box_cox", "quantil
 class Normalization(Model):
     """Thresholds of the paper's Algorithm 1 (arXiv 1811.00260), with its reference values as defaults."""
 
-    max_enum_values: int = Field(10, ge=2)
+    max_enum_values: int = Field(10, ge=2, description="Most distinct values of an enum.")
     normality_bound: Positive = Field(1000.0, description="D'Agostino K^2 below which a feature is taken as normal.")
     box_cox_gain: Positive = Field(10.0, description="Box-Cox must lower K^2 by this factor to be used.")
-    quantiles: int = Field(20, ge=2)
+    quantiles: int = Field(20, ge=2, description="Quantiles that a feature of no simple shape is mapped by.")
     sample_rows: int = Field(100_000, ge=100, description="Rows sampled for the tests of normality.")
     overrides: dict[str, FeatureType] = Field({}, description="Types set by hand, by feature.")
 
@@ -117,51 +123,116 @@ class Normalization(Model):
 class DQN(Model):
     """Deep Q-learning on a log (Mnih et al. 2015), double (van Hasselt et al. 2016), dueling (Wang et al. 2016)."""
 
-    double: bool = True
-    dueling: bool = True
-    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field([128, 128], min_length=1)
-    learning_rate: Positive = 1e-3
+    double: bool = Field(
+        True, description="Let the online network choose the next action, the target network value it."
+    )
+    dueling: bool = Field(True, description="Learn the state's value apart from the actions' advantages.")
+    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        [128, 128], min_length=1, max_length=16, description="Units of each hidden layer."
+    )
+    learning_rate: Positive = Field(1e-3, description="Adam's.")
     target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
 
 
 class Algorithm(Model):
     """The learning algorithm: exactly one."""
 
-    dqn: DQN = DQN()
+    dqn: DQN = Field(DQN(), description="Deep Q-learning.")
+
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
+
+
+class Resources(Model):
+    """What a pod asks for and is held to."""
+
+    cpu: Quantity = Field("1", description="CPU cores, as a Kubernetes quantity.")
+    memory: Quantity = Field("2Gi", description="Memory, as a Kubernetes quantity.")
+    gpus: int = Field(0, ge=0, le=16, description="GPUs (nvidia.com/gpu).")
+
+
+class Toleration(Model):
+    """A taint that pods may be placed in spite of, as in a pod's own spec."""
+
+    key: str | None = Field(None, description="Taint key; left out, every key matches.")
+    operator: Literal["Exists", "Equal"] = Field("Equal", description="How the value is compared.")
+    value: str | None = Field(None, description="Taint value to equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Taint effect; left out, every effect matches."
+    )
+
+
+class Volume(Model):
+    """A persistent volume claim that training pods mount."""
+
+    claim_name: str = Field(min_length=1, description="The claim, in the job's namespace.")
+    mount_path: str = Field(pattern="^/", description="Where the pods see it.")
+    sub_path: str = Field("", description="Directory of the volume to mount; its root when empty.")
+
+
+class Workers(Model):
+    """Data-parallel training workers: training goes on with `min`, and uses up to `max`."""
+
+    min: int = Field(1, ge=1, le=1024, description="Fewest workers to train with.")
+    max: int = Field(1, ge=1, le=1024, description="Most workers; a run on one machine starts this many.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} must not exceed max {self.max}")
+        return self
 
 
 class Training(Model):
-    workers: int = Field(1, ge=1, le=1024, description="Data-parallel workers.")
+    """How the policy is learned, and on what."""
+
+    workers: Workers = Field(Workers(), description="Data-parallel workers, elastic between two numbers.")
     epochs: int = Field(10, ge=1, description="Each ends with a snapshot of the policy that evaluation follows.")
     steps_per_epoch: int | None = Field(
         None, ge=1, description="Optimizer steps per epoch; one pass over the data when left out."
     )
     batch_size: int = Field(512, ge=1, description="Transitions per optimizer step, over all workers together.")
 
+    scheduler: Literal["kubernetes_indexed_job", "kubernetes"] = Field(
+        "kubernetes_indexed_job",
+        description="TorchX scheduler for several workers in a cluster: plain Indexed Jobs, or `kubernetes`, which "
+        "needs Volcano.",
+    )
+    resources: Resources = Field(Resources(), description="Of each worker's pod.")
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes that may run the workers.")
+    tolerations: list[Toleration] = Field([], max_length=16, description="Taints that the workers tolerate.")
+    volumes: list[Volume] = Field([], max_length=16, description="Further claims that the workers mount.")
+
     @model_validator(mode="after")
     def _divides(self) -> Training:
-        if self.batch_size % self.workers:
-            raise ValueError(f"batchSize {self.batch_size} must be a multiple of workers {self.workers}")
+        if self.batch_size % self.workers.max:
+            raise ValueError(f"batchSize {self.batch_size} must be a multiple of workers.max {self.workers.max}")
         return self
 
 
 class Gate(Model):
     """Let a policy pass only when the lower bound of an estimate, relative to the logged policy, is high enough."""
 
-    enabled: bool = True
-    metric: str = "reward"
-    estimator: Literal[ESTIMATORS] = "weighted_sequential_doubly_robust"  # type: ignore[valid-type]
+    enabled: bool = Field(True, description="False lets every policy pass.")
+    metric: str = Field("reward", description="The reward, or one of the logged metrics.")
+    estimator: Literal[ESTIMATORS] = Field(  # type: ignore[valid-type]
+        "weighted_sequential_doubly_robust", description="Whose estimate is judged."
+    )
     minimum_relative: float = Field(1.0, description="Smallest accepted lower bound; 1 is the logged policy's value.")
 
 
 class Evaluation(Model):
+    """Counterfactual policy evaluation on held-out MDPs."""
+
     confidence: Fraction = Field(0.95, description="Level of the bootstrap intervals.")
-    bootstrap_samples: int = Field(1000, ge=100)
+    bootstrap_samples: int = Field(1000, ge=100, description="Resamples of the held-out MDPs.")
     fitted_q_steps: int = Field(1500, ge=1, description="Optimizer steps of each fitted model of the values.")
-    gate: Gate = Gate()
+    gate: Gate = Field(Gate(), description="What a policy must be shown to reach before it is exported to a rollout.")
 
 
 class Export(Model):
+    """The form in which the policy is served."""
+
     temperature: Positive = Field(1.0, description="Of the softmax over Q-values that the served policy samples from.")
     backend: Literal["python", "onnxruntime"] = Field(
         "python", description="Triton backend of the exported model; onnxruntime needs a server that has it."
@@ -171,7 +242,12 @@ class Export(Model):
 class Canary(Model):
     """Move MDPs to the candidate in steps, each on evidence."""
 
-    weights: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.1, 0.5, 1.0], min_length=1)
+    weights: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.1, 0.5, 1.0],
+        min_length=1,
+        max_length=32,
+        description="Share of MDPs that the candidate answers, step by step; it must rise.",
+    )
     metric: str = Field("reward", description="Metric whose total per MDP the arms are compared by.")
     minimum_relative: float = Field(
         1.0, description="The candidate's mean must be shown to reach this share of the stable policy's."
@@ -195,12 +271,63 @@ class Canary(Model):
 
 
 class Deploy(Model):
-    canary: Canary = Canary()
+    """Where the policy goes once the gate has let it pass."""
+
+    service: Name | None = Field(None, description="The PolicyService to roll out on; the job's own name if left out.")
+    canary: Canary = Field(Canary(), description="How traffic moves to the policy.")
+
+
+class Spark(Model):
+    """The Spark engine of timeline, features and normalization in a cluster."""
+
+    executors: int = Field(0, ge=0, le=1000, description="Executor pods; 0 runs Spark inside the stage's own pod.")
+    executor_cores: int = Field(1, ge=1, le=64, description="Cores of each executor.")
+    executor_memory: Quantity = Field("2Gi", description="Memory of each executor.")
+    driver: Resources = Field(Resources(), description="Of the stage's pod, which is Spark's driver.")
+
+
+class Storage(Model):
+    """The ReadWriteMany volume that the pods of a namespace share: logs, work in progress, served policies."""
+
+    claim_name: str = Field("bluewhale", min_length=1, description="The claim, in the job's namespace.")
+    mount_path: str = Field("/var/bluewhale", pattern="^/", description="Where every pod sees the volume.")
+
+
+class Images(Model):
+    """Container images, and the secrets to pull them with."""
+
+    spark: str | None = Field(None, description="Of timeline, features and normalization; the operator's default.")
+    training: str | None = Field(None, description="Of training, evaluation, export and rollout; likewise.")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod's spec.")
+    pull_secrets: list[str] = Field([], max_length=16, description="Names of secrets in the job's namespace.")
+
+
+class Schedule(Model):
+    """Run the job again and again: each time a child RLTrainingJob is made, warm-started from the promoted policy."""
+
+    cron: str = Field(
+        pattern=r"^\S+( +\S+){4}$",
+        max_length=100,
+        description="Five fields: minute, hour, day, month, weekday.",
+    )
+    time_zone: str = Field("UTC", description="IANA name of the time zone that the fields are in.")
+    concurrency_policy: Literal["Allow", "Forbid", "Replace"] = Field(
+        "Forbid", description="What to do when the run before is still at work: start, skip, or end that one first."
+    )
+    starting_deadline_seconds: int = Field(
+        3600, ge=10, description="A run missed by more than this is skipped; of several missed ones the last is made."
+    )
+    successful_runs_history_limit: int = Field(3, ge=0, le=100, description="Succeeded children kept.")
+    failed_runs_history_limit: int = Field(3, ge=0, le=100, description="Failed children kept.")
 
 
 class JobSpec(Model):
-    actions: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, description="The discrete actions.")
-    seed: int = Field(0, ge=0, lt=2**31)
+    """What to learn from, how, and where the policy goes."""
+
+    actions: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
+        min_length=2, max_length=256, description="The discrete actions."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of everything random; the same seed gives the same weights.")
     simulation: Simulation | None = None
     data: Data = Data()
     features: Features = Features()
@@ -211,6 +338,23 @@ class JobSpec(Model):
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     deploy: Deploy = Deploy()
+    spark: Spark = Spark()
+    storage: Storage = Storage()
+    images: Images = Images()
+    schedule: Schedule | None = None
+    suspend: bool = Field(False, description="True stops the run and keeps what is finished; false goes on from there.")
+    active_deadline_seconds: int | None = Field(
+        None, ge=1, description="The job fails when it has been at work for longer; a resumed job starts anew."
+    )
+    backoff_limit: int = Field(2, ge=0, le=20, description="Retries of each stage after a failure that may pass.")
+    ttl_seconds_after_finished: int | None = Field(
+        None, ge=0, description="Delete the job this long after its end; kept when left out."
+    )
+    managed_by: str = Field(
+        "bluewhale.io/operator",
+        max_length=63,
+        description="The controller that runs the job; BlueWhale's leaves other names alone.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:
@@ -254,11 +398,12 @@ def load_job(path: str | Path) -> RLTrainingJob:
     try:
         return RLTrainingJob.model_validate(document)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        lines = "\n".join(f"  {explain(e)}" for e in error.errors())
         raise JobError(f"{path}: not a valid RLTrainingJob\n{lines}") from None
 
 
-def _explain(error: ErrorDetails) -> str:
+def explain(error: ErrorDetails) -> str:
+    """One line for a field at fault: its path, what is wrong, and what is allowed there."""
     path = ".".join(str(part) for part in error["loc"]) or "job"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

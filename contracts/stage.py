@@ -10,13 +10,29 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from contracts.job import JobError
+
 RECORD = "stage.json"
 ERROR_FILE_VARIABLE = "BLUEWHALE_ERROR_FILE"
+TERMINATION_LOG_VARIABLE = "BLUEWHALE_TERMINATION_LOG"
+TERMINATION_LOG_BYTES = 4000  # Kubernetes keeps 4096
+
+_MESSAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "simulation": lambda r: f"{r['rows']:,} decisions of {r['episodes']:,} episodes",
+    "timeline": lambda r: f"{r['rows_out']:,} transitions of {r['mdps']:,} MDPs, {r['rows_quarantined']:,} quarantined",
+    "features": lambda r: f"{r['rows']:,} rows of {len(r['features'])} features",
+    "normalization": lambda r: f"{len(r['types'])} features identified, {len(r['dropped'])} dropped",
+    "training": lambda r: f"{r['epochs']} epochs on {r['transitions']:,} transitions, policy {r['digest'][:12]}",
+    "evaluation": lambda r: f"gate {r['gate']['verdict']}: {r['gate']['reason']}",
+    "export": lambda r: f"version {r['version']}, within {r['largest_difference']:.1g} of torch",
+    "rollout": lambda r: str(r["reason"]),
+}
+"""A finished stage's facts in one line for people."""
 
 
 class StageError(RuntimeError):
@@ -28,7 +44,8 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     """Give a fresh directory at `output` and a dict for facts; the record that marks it finished is written last.
 
     A killed or failed stage leaves no record, and so nothing that a later stage would read. What failed is also
-    written to the file that the environment variable BLUEWHALE_ERROR_FILE names, for the runner to show.
+    written to the file that the environment variable BLUEWHALE_ERROR_FILE names, for the runner to show, and the end,
+    good or bad, to the one that BLUEWHALE_TERMINATION_LOG names, for a controller.
     """
     output = Path(output).absolute()
     if output.is_symlink() or output.is_file():
@@ -41,15 +58,53 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     try:
         yield output, facts
     except Exception as error:
+        known = isinstance(error, (StageError, JobError, FileNotFoundError))
         if path := os.environ.get(ERROR_FILE_VARIABLE):
-            known = isinstance(error, (StageError, FileNotFoundError))
             text = str(error) if known else traceback.format_exc(limit=-3)
             Path(path).write_text(json.dumps({"stage": name, "error": text}))
+        message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
+        tell({"stage": name, "status": "failed", "message": message, "retryable": not known})
         raise
     record = {"stage": name, "status": "succeeded", "started": started, "seconds": round(time.time() - started, 2)}
     unfinished = output / f".{RECORD}"
     unfinished.write_text(json.dumps(record | facts, indent=2))
     os.replace(unfinished, output / RECORD)
+    tell(compact(record | facts, output))
+
+
+def compact(record: dict[str, Any], output: str | Path) -> dict[str, Any]:
+    """What a controller is told of a finished stage: its record in a few fields."""
+    told = {"stage": record["stage"], "status": record["status"], "message": "", "retryable": False}
+    with suppress(KeyError):
+        told["message"] = _MESSAGES[record["stage"]](record)
+    # KFP's launcher keeps what belongs at scheme://bucket/key below /scheme/bucket/key.
+    _, scheme, *key = Path(output).absolute().parts
+    if scheme in ("minio", "s3", "gcs"):
+        told["artifact"] = f"{scheme.replace('gcs', 'gs')}://{'/'.join(key)}"
+    if record["stage"] == "export" and "digest" in record:
+        told["policy"] = {"digest": record["digest"], "version": str(record["version"])}
+    if record["stage"] == "rollout":
+        told |= {name: record[name] for name in ("service", "rollout") if name in record}
+    return told
+
+
+def tell(record: dict[str, Any]) -> None:
+    """Leave a record as the container's termination message, its texts cut until it fits."""
+    path = os.environ.get(TERMINATION_LOG_VARIABLE)
+    if not path:
+        return
+    texts = (json.dumps(_cut(record, longest)) for longest in (2000, 1000, 300, 100, 30))
+    without = json.dumps(_cut({k: v for k, v in record.items() if k != "records"}, 300))
+    Path(path).write_text(next((text for text in texts if len(text) < TERMINATION_LOG_BYTES), without))
+
+
+def _cut(value: Any, longest: int) -> Any:
+    """The same value, its messages no longer than that."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: f"{v[: longest - 1]}…" if k == "message" and len(v) > longest else _cut(v, longest) for k, v in value.items()
+    }
 
 
 @contextmanager

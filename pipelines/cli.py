@@ -130,12 +130,12 @@ def run(run: Run, as_json: bool) -> None:
 @_job_command("compile", "bluewhale compile job.yaml --output pipeline.yaml")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True)
 def compile_(run: Run, output: Path) -> None:
-    """Write the job's KFP pipeline as IR YAML, its parameters filled in from the job."""
-    from pipelines.pipeline import compile_pipeline
+    """Write the job's KFP pipeline for a cluster as IR YAML, its parameters filled in from the job."""
+    from pipelines.cluster import compile_pipeline
 
     if output.suffix not in (".yaml", ".yml", ".json"):
         raise click.BadParameter(f"{output}: KFP wants the suffix .yaml or .json", param_hint="--output")
-    compile_pipeline(run.job, run.decision_log, output)
+    compile_pipeline(run.job, output)
     click.echo(output)
 
 

@@ -1,32 +1,38 @@
-"""The training pipeline: timeline -> features -> normalization -> training -> evaluation -> export."""
+"""The pipeline: timeline -> features -> normalization -> training -> evaluation -> export; in a cluster, rollout."""
 
 # Annotations are not postponed here: KFP reads the pipeline's signature.
 
+import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from kfp import compiler, dsl
+from kfp import dsl
 
 from components.evaluation.component import evaluation
 from components.export.component import export
 from components.features.component import features
 from components.normalization.component import normalization
+from components.rollout.component import rollout
 from components.timeline.component import timeline
 from components.training.component import training
-from contracts.job import JobError, JobSpec, RLTrainingJob
-from contracts.stage import code_version
+from contracts.job import JobError, JobSpec
+from simulation.component import simulation
+
+if TYPE_CHECKING:
+    from pipelines.cluster import Cluster
 
 STAGES = ("timeline", "features", "normalization", "training", "evaluation", "export")
 
 SECTIONS: dict[str, tuple[str, ...]] = {
+    "simulation": ("simulation", "export"),
     "timeline": ("data", "reward"),
     "features": ("features",),
     "normalization": ("normalization",),
     "training": ("data", "reward", "algorithm", "training", "export"),
     "evaluation": ("data", "reward", "evaluation"),
     "export": ("data", "export"),
+    "rollout": ("deploy", "images", "reward", "storage"),
 }
 """What each stage reads of the job: a change elsewhere leaves its finished work valid."""
 
@@ -42,62 +48,130 @@ class Outputs(NamedTuple):
     export: dsl.Model
 
 
-def parameters(spec: JobSpec, decision_log: str, version: str) -> dict[str, str]:
+def inputs(cluster: "Cluster | None") -> list[str]:
+    """Names of the pipeline's parameters."""
+    names = ["decision_log", "outcomes", "version", *(f"{stage}_job" for stage in STAGES)]
+    if cluster:
+        names += ["rollout_job", "warm_start"]
+        if cluster.job.spec.simulation:
+            names[0] = "simulation_job"
+    return names
+
+
+def parameters(
+    spec: JobSpec, decision_log: str, version: str, cluster: "Cluster | None" = None, warm_start: str = ""
+) -> dict[str, str]:
     """The pipeline's arguments for a job; `version` names the code and data, so that caches see both."""
     values = {
         "decision_log": decision_log,
         "outcomes": spec.data.outcomes or "",
         "version": version,
-        **{f"{stage}_job": spec.only(*SECTIONS[stage]) for stage in STAGES},
+        "warm_start": warm_start,
+        **{f"{stage}_job": spec.only(*sections) for stage, sections in SECTIONS.items()},
     }
-    if odd := [name for name, value in values.items() if "python3" in value]:
+    values = {name: values[name] for name in inputs(cluster)}
+    if not cluster and (odd := [name for name, value in values.items() if "python3" in value]):
         raise JobError(
             f"{odd[0]}: KFP's local runner replaces the word 'python3' in arguments; use another path or name"
         )
     return values
 
 
-def build_pipeline(name: str, defaults: dict[str, str] | None = None) -> Callable[..., Outputs]:
-    """The KFP pipeline; with `defaults`, its parameters come filled in, so that it can be started from the UI."""
+def build_pipeline(
+    name: str, defaults: dict[str, str] | None = None, cluster: "Cluster | None" = None
+) -> Callable[..., Outputs]:
+    """The KFP pipeline; with `defaults`, its parameters come filled in, so that it can be started from the UI.
+
+    With `cluster`, a job without a log of its own first plays its simulation, the policy goes on to a rollout, and
+    every stage's pod is given what it needs there.
+    """
+
+    def placed(task: dsl.PipelineTask, stage: str) -> dsl.PipelineTask:
+        return cluster.place(task, stage) if cluster else task
 
     def bluewhale(
-        decision_log: str,
-        outcomes: str,
-        version: str,
-        timeline_job: str,
-        features_job: str,
-        normalization_job: str,
-        training_job: str,
-        evaluation_job: str,
-        export_job: str,
+        decision_log: str = "",
+        simulation_job: str = "",
+        outcomes: str = "",
+        version: str = "",
+        timeline_job: str = "",
+        features_job: str = "",
+        normalization_job: str = "",
+        training_job: str = "",
+        evaluation_job: str = "",
+        export_job: str = "",
+        rollout_job: str = "",
+        warm_start: str = "",
     ) -> Outputs:
+        """Logged decisions to an exported policy, and in a cluster to its rollout.
+
+        Args:
+            decision_log: Path of the decision log.
+            simulation_job: The job's sections that the simulation reads, as JSON.
+            outcomes: Path of outcomes reported later; empty when there are none.
+            version: Code and data; finished stages are redone when it changes.
+            timeline_job: The job's sections that the timeline reads, as JSON.
+            features_job: The job's sections that features reads, as JSON.
+            normalization_job: The job's sections that normalization reads, as JSON.
+            training_job: The job's sections that training reads, as JSON.
+            evaluation_job: The job's sections that evaluation reads, as JSON.
+            export_job: The job's sections that export reads, as JSON.
+            rollout_job: The job's sections that the rollout reads, as JSON.
+            warm_start: Directory of the policy bundle that training begins with; empty to begin anew.
+        """
+        behaviour_policy = ""
+        if cluster and cluster.job.spec.simulation:
+            simulated = simulation(job=simulation_job, version=version, directory=cluster.logs)
+            # KFP's cache does not know whether the log still lies on the volume.
+            placed(simulated, "simulation").set_caching_options(False)
+            decision_log = simulated.outputs["decision_log"]
+            behaviour_policy = simulated.outputs["behaviour_policy"]
         transitions = timeline(job=timeline_job, decision_log=decision_log, outcomes=outcomes, version=version)
-        joined = features(job=features_job, version=version, transitions=transitions.output)
-        normalized = normalization(job=normalization_job, version=version, training_data=joined.output)
+        joined = features(job=features_job, version=version, transitions=transitions.outputs["transitions"])
+        training_data = joined.outputs["training_data"]
+        normalized = normalization(job=normalization_job, version=version, training_data=training_data)
         trained = training(
-            job=training_job, version=version, training_data=joined.output, normalization=normalized.output
+            job=training_job,
+            version=version,
+            training_data=training_data,
+            normalization=normalized.outputs["normalization"],
+            warm_start=warm_start,
         )
-        evaluated = evaluation(job=evaluation_job, version=version, training_data=joined.output, policy=trained.output)
-        exported = export(job=export_job, version=version, training_data=joined.output, policy=trained.output).after(
-            evaluated
-        )
+        policy = trained.outputs["policy"]
+        evaluated = evaluation(job=evaluation_job, version=version, training_data=training_data, policy=policy)
+        exported = export(job=export_job, version=version, training_data=training_data, policy=policy).after(evaluated)
+        tasks = dict(zip(STAGES, (transitions, joined, normalized, trained, evaluated, exported), strict=True))
+        for stage, task in tasks.items():
+            placed(task, stage)
+        if cluster:
+            requested = rollout(
+                job=rollout_job,
+                version=version,
+                policy=policy,
+                model_repository=exported.outputs["model_repository"],
+                behaviour_policy=behaviour_policy,
+                **{stage: task.outputs["record"] for stage, task in tasks.items()},
+            )
+            # What a rollout asks for lies outside of KFP: that it was asked for once does not mean that it is there.
+            placed(requested, "rollout").set_caching_options(False)
         return Outputs(
-            timeline=transitions.output,
-            features=joined.output,
-            normalization=normalized.output,
-            training=trained.output,
-            evaluation=evaluated.output,
-            export=exported.output,
+            timeline=transitions.outputs["transitions"],
+            features=training_data,
+            normalization=normalized.outputs["normalization"],
+            training=policy,
+            evaluation=evaluated.outputs["evaluation"],
+            export=exported.outputs["model_repository"],
         )
 
-    if defaults:
-        signature = inspect.signature(bluewhale)
-        filled = [p.replace(default=defaults[p.name]) for p in signature.parameters.values()]
-        bluewhale.__signature__ = signature.replace(parameters=filled)  # type: ignore[attr-defined]
-    return dsl.pipeline(name=name, description="Logged decisions to an exported policy.")(bluewhale)
+    signature, names = inspect.signature(bluewhale), inputs(cluster)
+    kept = [p for p in signature.parameters.values() if p.name in names]
 
+    @functools.wraps(bluewhale)
+    def with_inputs(*given: str) -> Outputs:
+        # KFP passes by position what the signature names.
+        return bluewhale(**{p.name: value for p, value in zip(kept, given, strict=True)})
 
-def compile_pipeline(job: RLTrainingJob, decision_log: str, path: Path) -> None:
-    """Write the pipeline's IR YAML with the job's own parameters as defaults."""
-    pipeline = build_pipeline(job.metadata.name, parameters(job.spec, decision_log, code_version()))
-    compiler.Compiler().compile(pipeline, str(path))
+    with_inputs.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(default=(defaults or {}).get(p.name, inspect.Parameter.empty)) for p in kept]
+    )
+    return dsl.pipeline(name=name, pipeline_root=cluster.pipeline_root if cluster else None)(with_inputs)

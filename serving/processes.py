@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import time
@@ -23,12 +24,15 @@ def free_ports(count: int) -> list[int]:
 
 
 class Server:
-    """A child process that is ready when its probe says so."""
+    """A child process that is ready when its probe says so; without a log, it writes where this process does."""
 
-    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: list[str], log: Path | None, environment: dict[str, str] | None = None
+    ) -> None:
         self.name, self.log = name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as stream:
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") if log else contextlib.nullcontext() as stream:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
             )
@@ -63,5 +67,7 @@ class Server:
                 self.process.wait()
 
     def _tail(self) -> str:
+        if not self.log:
+            return ""
         lines = self.log.read_text(errors="replace").splitlines()[-15:]
         return f"; the end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)

@@ -7,7 +7,9 @@ import math
 import shutil
 import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,9 +19,10 @@ SCRAPE_SECONDS = 1
 
 
 class PrometheusServer(Server):
-    """A Prometheus on a free port of 127.0.0.1 that scrapes one Triton."""
+    """A Prometheus on a free port of 127.0.0.1 that scrapes a service's pods, or the one Triton beside it."""
 
-    def __init__(self, directory: Path, target: str, log: Path) -> None:
+    def __init__(self, directory: Path, scrape: dict[str, Any], log: Path) -> None:
+        """`scrape`: what to scrape, as one of Prometheus's `scrape_configs` without its name."""
         program = shutil.which("prometheus")
         if not program:
             raise ServerError("no prometheus on PATH: install it, on Debian with `apt-get install prometheus`")
@@ -27,7 +30,7 @@ class PrometheusServer(Server):
         directory.mkdir(parents=True)
         config = {
             "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "scrape_timeout": f"{SCRAPE_SECONDS}s"},
-            "scrape_configs": [{"job_name": "triton", "static_configs": [{"targets": [target]}]}],
+            "scrape_configs": [{"job_name": "triton", **scrape}],
         }
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         (port,) = free_ports(1)
@@ -44,8 +47,8 @@ class PrometheusServer(Server):
         super().__init__("Prometheus", command, log)
 
     def wait_until_ready(self) -> None:
-        """Until it has scraped Triton once, which takes it some seconds."""
-        self.wait_ready(lambda: query(self.url, "sum(up)") == 1.0)
+        """Until it has scraped once, which takes it some seconds."""
+        self.wait_ready(lambda: query(self.url, "min(up)") == 1.0)
 
 
 def query(url: str, expression: str) -> float | None:
@@ -57,7 +60,7 @@ def query(url: str, expression: str) -> float | None:
     try:
         with urllib.request.urlopen(address, timeout=5) as response:
             result = json.load(response)["data"]["result"]
-    except OSError as error:
+    except (OSError, HTTPException, ValueError, KeyError) as error:
         raise ServerError(f"Prometheus at {url} did not answer {expression!r}: {error}") from None
     if not result:
         return None

@@ -6,19 +6,61 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from contracts.job import Canary
 from serving import analysis
 from serving.processes import ServerError
 from serving.prometheus import query
-from serving.triton import read_state, write_state
+from serving.state import read_state, write_state
 
 POLL_SECONDS = 1.0
 LEASE_SECONDS = 30.0
 """Without another look by then, all MDPs go back to stable."""
 ERRORS_TOLERATED = 10
 """Looks in a row that cannot measure before the rollout gives up."""
+
+
+StepOutcome = Literal["", "passed", "failed", "cannot be measured", "did not pass in time"]
+
+
+class Advance(NamedTuple):
+    """What one look means for its step."""
+
+    outcome: StepOutcome
+    """Empty while the step goes on."""
+    reason: str
+    """Why the candidate is rolled back; empty when it is not."""
+    failures: int
+    """Looks in a row that could not measure, this one included."""
+
+
+def advance(
+    canary: Canary, weight: float, checks: list[analysis.Check], seconds_in_step: float, failures: int
+) -> Advance:
+    """Decide by the checks of one look; `failures` is of the look before. Only passes of every check move a step."""
+    verdicts = {check.verdict for check in checks}
+    failures = failures + 1 if "error" in verdicts else 0
+    outcome: StepOutcome = ""
+    to_blame: tuple[analysis.Verdict, ...] = ("inconclusive", "error")
+    if "fail" in verdicts:
+        outcome, to_blame = "failed", ("fail",)
+    elif failures >= ERRORS_TOLERATED:
+        outcome, to_blame = "cannot be measured", ("error",)
+    elif verdicts == {"pass"}:
+        return Advance("passed", "", failures)
+    elif seconds_in_step > canary.step_timeout_seconds:
+        outcome = "did not pass in time"
+    else:
+        return Advance("", "", failures)
+    worst = next(check for check in checks if check.verdict in to_blame)
+    reason = f"at weight {percent(weight)} the check of {worst.name} {outcome}: {worst.message}"
+    return Advance(outcome, reason, failures)
+
+
+def percent(weight: float) -> str:
+    """10 % as `10%`, without losing a half per cent."""
+    return f"{100 * weight:.10g}%"
 
 
 def roll_out(
@@ -49,11 +91,10 @@ def roll_out(
     verdict, reason = "promoted", "every check of every step passed"
     try:
         for number, weight in enumerate(canary.weights):
-            step = _Step(weight, clock() - began, returns.arms["candidate"].count, _calls(ask))
+            step = _Step(weight, clock() - began, returns.arms["candidate"].count)
             steps.append(step.record)
-            outcome = ""
-            failures = 0
-            while not outcome:
+            result = Advance("", "", 0)
+            while not result.outcome:
                 # The weight holds only as long as somebody watches.
                 write_state(state_file, state | {"weight": weight, "weight_until": time.time() + LEASE_SECONDS})
                 sleep(POLL_SECONDS)
@@ -61,26 +102,12 @@ def roll_out(
                 checks = step.look(returns, canary, ask, clock() - began)
                 progress(
                     (number + min(1.0, step.new_candidates / canary.minimum_mdps)) / len(canary.weights),
-                    f"weight {weight:.0%}, {step.new_candidates} candidate MDPs, reward {checks[0].verdict}",
+                    f"weight {percent(weight)}, {step.new_candidates} candidate MDPs, reward {checks[0].verdict}",
                 )
-                verdicts = {check.verdict for check in checks}
-                failures = failures + 1 if "error" in verdicts else 0
-                if "fail" in verdicts:
-                    outcome = "failed"
-                elif failures >= ERRORS_TOLERATED:
-                    outcome = "cannot be measured"
-                elif verdicts == {"pass"}:
-                    outcome = "passed"
-                elif clock() - began - step.record["started"] > canary.step_timeout_seconds:
-                    outcome = "did not pass in time"
-            step.record["outcome"] = outcome
-            if outcome != "passed":
-                verdict = "rolled_back"
-                to_blame = {"failed": ("fail",), "cannot be measured": ("error",)}.get(
-                    outcome, ("inconclusive", "error")
-                )
-                worst = next(c for c in checks if c.verdict in to_blame)
-                reason = f"at weight {weight:.0%} the check of {worst.name} {outcome}: {worst.message}"
+                result = advance(canary, weight, checks, clock() - began - step.record["started"], result.failures)
+            step.record["outcome"] = result.outcome
+            if result.reason:
+                verdict, reason = "rolled_back", result.reason
                 break
     except BaseException:
         # Interrupted: nobody watches the candidate any longer.
@@ -91,30 +118,20 @@ def roll_out(
     return {"verdict": verdict, "reason": reason, "steps": steps, "mixed_mdps": returns.mixed}
 
 
-def _calls(ask: Callable[[str], float | None]) -> dict[str, float]:
-    try:
-        return analysis.candidate_calls(ask)
-    except ServerError:
-        return {}
-
-
 class _Step:
-    def __init__(self, weight: float, started: float, candidates: int, calls: dict[str, float]) -> None:
-        self.calls, self.candidates, self.new_candidates = calls, candidates, 0
+    def __init__(self, weight: float, started: float, candidates: int) -> None:
+        self.candidates, self.new_candidates = candidates, 0
         self.record: dict[str, Any] = {"weight": weight, "started": round(started, 1), "looks": []}
 
     def look(
-        self, returns: analysis.LiveReturns, canary: Canary, ask: Callable[[str], float | None], now: float
+        self, returns: analysis.LiveReturns, canary: Canary, ask: analysis.Ask, now: float
     ) -> list[analysis.Check]:
         self.new_candidates = returns.arms["candidate"].count - self.candidates
-        checks = [
-            analysis.check_reward(returns, canary, self.new_candidates),
-            analysis.check_errors(ask, canary, self.calls),
-            analysis.check_latency(ask, canary),
-        ]
+        seconds = max(POLL_SECONDS, now - self.record["started"])
+        checks = analysis.check_all(returns, canary, self.new_candidates, ask, seconds)
         self.record["looks"].append({"time": round(now, 1), "checks": [check.as_dict() for check in checks]})
         self.record["seconds"] = round(now - self.record["started"], 1)
-        for arm in ("stable", "candidate"):
+        for arm in analysis.ARMS:
             self.record[f"{arm}_mdps"] = returns.arms[arm].count
             self.record[f"{arm}_mean"] = returns.arms[arm].mean if returns.arms[arm].count else None
         return checks

@@ -16,7 +16,8 @@ from components.export.repository import read_policies
 from contracts.job import Canary
 from serving.processes import ServerError
 from serving.prometheus import PrometheusServer
-from serving.triton import TritonServer, assemble_repository, read_state, write_state
+from serving.state import read_state, write_state
+from serving.triton import TritonServer, assemble_repository
 
 ENDPOINTS = "endpoints.json"
 
@@ -67,7 +68,8 @@ def serve(directory: Path, stable: Path, candidate: Path | None, canary: Canary,
     triton = TritonServer(repository, directory / "triton.log")
     try:
         triton.wait_until_ready()
-        prometheus = PrometheusServer(directory / "prometheus", triton.metrics_address, directory / "prometheus.log")
+        scrape = {"static_configs": [{"targets": [triton.metrics_address]}]}
+        prometheus = PrometheusServer(directory / "prometheus", scrape, directory / "prometheus.log")
         try:
             prometheus.wait_until_ready()
             endpoints = Endpoints(

@@ -2,23 +2,33 @@
 
 from kfp import dsl
 
-from components.image import IMAGE
+from components.image import SPARK_IMAGE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=SPARK_IMAGE, install_kfp_package=False)
 def normalization(
-    job: str, version: str, training_data: dsl.Input[dsl.Dataset], normalization: dsl.Output[dsl.Artifact]
-) -> None:  # fmt: skip
+    job: str,
+    version: str,
+    training_data: dsl.Input[dsl.Dataset],
+    normalization: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Markdown],
+    record: dsl.OutputPath(str),  # type: ignore[valid-type]
+) -> None:
     """Identify each state feature's type and how to normalize it.
 
     Args:
         job: JSON of the job's sections actions and normalization.
         version: Digest of code and input; a finished stage is redone when it changes.
         training_data: The features stage's directory.
+
+    Returns:
         normalization: Directory with `spec.json`.
+        summary: The stage's figures for people.
+        record: The stage's end for a controller, as JSON.
     """
     from components.normalization.identify import identify_features
+    from components.summary import passed_on, publish
     from contracts.job import JobSpec
 
     identify_features(JobSpec.model_validate_json(job), training_data.path, normalization.path)
-    normalization.metadata["version"] = version
+    publish(normalization, summary, record, version, **passed_on(training_data.metadata))

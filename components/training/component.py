@@ -2,16 +2,19 @@
 
 from kfp import dsl
 
-from components.image import IMAGE
+from components.image import TRAINING_IMAGE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAINING_IMAGE, install_kfp_package=False)
 def training(
     job: str,
     version: str,
     training_data: dsl.Input[dsl.Dataset],
     normalization: dsl.Input[dsl.Artifact],
     policy: dsl.Output[dsl.Model],
+    summary: dsl.Output[dsl.Markdown],
+    record: dsl.OutputPath(str),  # type: ignore[valid-type]
+    warm_start: str = "",
 ) -> None:
     """Learn a policy from the training MDPs, on as many workers as the job says.
 
@@ -20,10 +23,16 @@ def training(
         version: Digest of code and input; a finished stage is redone when it changes.
         training_data: The features stage's directory.
         normalization: The normalization stage's directory.
+        warm_start: Directory of the policy bundle whose weights to begin with; empty to begin anew.
+
+    Returns:
         policy: Directory with `policy`, the last bundle, `epochs`, one for each, and TensorBoard's logs.
+        summary: The stage's figures for people.
+        record: The stage's end for a controller, as JSON.
     """
+    from components.summary import passed_on, publish
     from components.training.launch import train
     from contracts.job import JobSpec
 
-    train(JobSpec.model_validate_json(job), training_data.path, normalization.path, policy.path)
-    policy.metadata["version"] = version
+    train(JobSpec.model_validate_json(job), training_data.path, normalization.path, policy.path, warm_start)
+    publish(policy, summary, record, version, **passed_on(training_data.metadata))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
-from torchx.specs import AppState
+from torchx.specs import AppState, Resource, VolumeMount
 
 from components.training.bundle import DESCRIPTION
 from contracts.job import JobSpec
@@ -18,43 +23,146 @@ from contracts.progress import VARIABLE, parse, report
 from contracts.stage import StageError, read_record, stage
 
 ROLE = "worker"
+SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
+ELASTIC = {"PET_MAX_RESTARTS": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""An agent that outlives another pod starts its worker again in place. Not with the store that agents share, though: of
+that one a replacement never learns (torch 2.13 makes it known in the first round only)."""
 
 
-def train(spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path) -> None:
-    """Train on `spec.training.workers` gloo workers under torchrun; raises `StageError` with the workers' own words."""
+def train(
+    spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path, warm_start: str = ""
+) -> None:
+    """Train on gloo workers under torchrun; raises `StageError` with the workers' own words.
+
+    They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
+    BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
+    bundle, they begin with its weights.
+    """
     read_record(features), read_record(normalization)
+    scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
+    workers = spec.training.workers
+    nodes = f"1x{workers.max}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x1"
+    seen = at_volume_root if scheduler == "kubernetes" else str
     with stage("training", output) as (directory, facts):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
         app = torchrun(
-            "--job", str(directory / "job.json"), "--features", str(Path(features).absolute()),
-            "--normalization", str(Path(normalization).absolute()), "--output", str(directory),
-            m=f"components.training.{ROLE}", j=f"1x{spec.training.workers}",
+            "--job", seen(directory / "job.json"), "--features", seen(Path(features).absolute()),
+            "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
+            *(["--warm-start", warm_start] if warm_start else []),
+            m=f"components.training.{ROLE}", j=nodes,
             env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )  # fmt: skip
-        # torchrun is found through PATH, which need not name this interpreter's environment.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        logs = directory / "logs"
+        where = f"the workers' logs are in {directory / 'logs'}"
+        if scheduler == "local_cwd":
+            # torchrun is found through PATH, which need not name this interpreter's environment.
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            cfg: dict[str, Any] = {"log_dir": str(directory / "logs")}
+        else:
+            cfg = cluster_config(spec, scheduler)
+            app.roles[0].env |= ELASTIC
+            app.roles[0].image = os.environ["BLUEWHALE_TRAINING_IMAGE"]
+            app.roles[0].resource = pod_resource(spec)
+            if scheduler == "kubernetes":
+                app.roles[0].mounts = [VolumeMount(v["claimName"], v["mountPath"]) for v in _volumes() if whole(v)]
+            where = f"look at the pods of {cfg.get('job_name', app.name)}"
         with get_runner() as runner:
-            _follow(runner, runner.run(app, scheduler="local_cwd", cfg={"log_dir": str(logs)}), logs)
+            _follow(runner, runner.run(app, scheduler=scheduler, cfg=cfg), where)
         bundle = json.loads((directory / "policy" / DESCRIPTION).read_text())
         facts |= {
             "digest": bundle["digest"],
             "weights_digest": bundle["weights_digest"],
             "epochs": spec.training.epochs,
-            "workers": spec.training.workers,
+            "workers": workers.max,
             "transitions": bundle["provenance"]["transitions"],
+            "warm_start": bundle["provenance"]["warm_start"],
         }
 
 
-def _follow(runner: Runner, handle: str, logs: Path) -> None:
-    for line in runner.log_lines(handle, ROLE, k=0, should_tail=True):
-        if done := parse(line):
-            report(*done)
-        else:
-            print(line.rstrip("\n"), file=sys.stderr, flush=True)
-    status = runner.wait(handle, wait_interval=0.2)
+def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
+    """The scheduler's configuration, from the stage pod's environment and the job: its pods see the same volumes."""
+    job, namespace, uid = (os.environ[name] for name in ("BLUEWHALE_JOB", "BLUEWHALE_NAMESPACE", "POD_UID"))
+    if scheduler == "kubernetes":
+        return {"namespace": namespace, "queue": os.environ.get("BLUEWHALE_VOLCANO_QUEUE", "default")}
+    training = spec.training
+    return {
+        "namespace": namespace,
+        # With the replica's index after it, the name must be a label of 63 characters.
+        "job_name": f"bw-{job[:37].rstrip('-')}-train-{uid[:8]}",
+        # Workers that nobody follows any more go with this pod.
+        "owner": {"apiVersion": "v1", "kind": "Pod", "name": os.environ["POD_NAME"], "uid": uid},
+        "labels": {
+            **json.loads(os.environ.get("BLUEWHALE_QUEUE_LABELS", "{}")),
+            "bluewhale.io/job": job,
+            "bluewhale.io/role": ROLE,
+        },
+        "image_pull_policy": os.environ.get("BLUEWHALE_PULL_POLICY", "IfNotPresent"),
+        "image_pull_secrets": json.loads(os.environ.get("BLUEWHALE_PULL_SECRETS", "[]")),
+        "service_account": os.environ.get("BLUEWHALE_WORKER_SERVICE_ACCOUNT"),
+        "node_selector": training.node_selector,
+        "tolerations": [t.model_dump_json(exclude_none=True) for t in training.tolerations],
+        "volumes": [json.dumps(volume) for volume in _volumes()],
+    }
+
+
+def at_volume_root(path: Path) -> str:
+    """Where a path lies for pods that can only mount claims whole, as TorchX's Volcano scheduler's."""
+    for part in _volumes():
+        if not whole(part) and path.is_relative_to(part["mountPath"]):
+            root = next(v for v in _volumes() if whole(v) and v["claimName"] == part["claimName"])
+            return str(Path(root["mountPath"]) / part["subPath"] / path.relative_to(part["mountPath"]))
+    return str(path)
+
+
+def whole(volume: dict[str, str]) -> bool:
+    return not volume.get("subPath")
+
+
+def _volumes() -> list[dict[str, str]]:
+    """What this pod mounts of the job's claims."""
+    volumes: list[dict[str, str]] = json.loads(os.environ.get("BLUEWHALE_VOLUMES", "[]"))
+    return volumes
+
+
+def pod_resource(spec: JobSpec) -> Resource:
+    """What each worker's pod asks for."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    asked = spec.training.resources
+    return Resource(float(parse_quantity(asked.cpu)), asked.gpus, int(parse_quantity(asked.memory)) >> 20)
+
+
+def _follow(runner: Runner, handle: str, where: str) -> None:
+    """Pass on progress and words of replica 0 until the app's end; an app that nobody follows any more is ended."""
+    try:
+        with _sigterm_raises():
+            for line in runner.log_lines(handle, ROLE, k=0, should_tail=True):
+                if done := parse(line):
+                    report(*done)
+                else:
+                    print(line.rstrip("\n"), file=sys.stderr, flush=True)
+            status = runner.wait(handle, wait_interval=0.2)
+    except BaseException:
+        runner.cancel(handle)
+        raise
     if status is None or status.state != AppState.SUCCEEDED:
         message = f"training: the workers ended as {status.state.name if status else 'unknown'}"
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             message += f": {json.loads(status.structured_error_msg)['message']['message']}"
-        raise StageError(f"{message}\n  the workers' logs are in {logs}")
+        raise StageError(f"{message}\n  {where}")
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM, by which a pod is told to end, unwind the stack; where somebody else handles it, they do."""
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

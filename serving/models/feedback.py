@@ -15,7 +15,7 @@ class TritonPythonModel:
         self.log = os.open(parameters["outcomes"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         family = triton.MetricFamily
         self.family = family("bluewhale_mdps_ended_total", "MDPs whose end was reported", family.COUNTER)
-        self.ended = self.family.Metric(labels={})
+        self.ended = self.family.Metric(labels=json.loads(parameters["labels"]))
 
     def finalize(self):
         os.close(self.log)

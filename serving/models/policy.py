@@ -4,9 +4,11 @@ The rollout's state (stable, candidate, weight, salt) is a small file, read agai
 effect at the next request and drops none.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
@@ -28,33 +30,68 @@ class TritonPythonModel:
         self.actions = json.loads(parameters["actions"])
         self.state_file = parameters["state_file"]
         self.state_seen = None
+        self.state_lock = threading.Lock()
         self.log = os.open(parameters["decision_log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.pool = ThreadPoolExecutor(MOST_IN_FLIGHT + 2)
         self.in_flight = []
+        self.labels = json.loads(parameters["labels"])
         family = triton.MetricFamily
         decisions = family(
             "bluewhale_decisions_total", "Decisions by arm and what came of the arm's call", family.COUNTER
         )
         # Every series starts at zero, or Prometheus would miss its first increments.
-        self.decisions = {(a, r): decisions.Metric(labels={"arm": a, "result": r}) for a in ARMS for r in RESULTS}
+        self.decisions = {
+            (a, r): decisions.Metric(labels={**self.labels, "arm": a, "result": r}) for a in ARMS for r in RESULTS
+        }
         seconds = family("bluewhale_decision_seconds", "Time of an arm's call", family.HISTOGRAM)
-        self.seconds = {a: seconds.Metric(labels={"arm": a}, buckets=BUCKETS) for a in ARMS}
+        self.seconds = {a: seconds.Metric(labels={**self.labels, "arm": a}, buckets=BUCKETS) for a in ARMS}
         weight = family("bluewhale_candidate_weight", "Share of MDPs that the candidate answers", family.GAUGE)
-        self.weight = weight.Metric(labels={})
-        self.families = decisions, seconds, weight  # a metric dies with its family
+        self.weight = weight.Metric(labels=self.labels)
+        loaded = family(
+            "bluewhale_candidate_loaded",
+            "1: this replica has loaded the rollout's candidate; 0: it cannot",
+            family.GAUGE,
+        )
+        self.loaded = {}
+        self.families = decisions, seconds, weight, loaded  # a metric dies with its family
+        self.read_state()
+        # Without traffic, too, a replica says what it has loaded.
+        self.ending = threading.Event()
+        self.follower = threading.Thread(target=self.follow_state)
+        self.follower.start()
 
     def finalize(self):
+        self.ending.set()
+        self.follower.join()
         os.close(self.log)
 
+    def follow_state(self):
+        while not self.ending.wait(0.5):
+            with contextlib.suppress(OSError, ValueError):  # the next request will say so
+                self.weight.set(_weight(self.read_state()))
+
     def read_state(self):
-        info = os.stat(self.state_file)
-        seen = (info.st_mtime_ns, info.st_ino)
-        if seen != self.state_seen:
-            with open(self.state_file) as stream:
-                self.state = json.load(stream)
-            self.state_seen = seen
-            self.weight.set(self.state["weight"])
-        return self.state
+        with self.state_lock:
+            info = os.stat(self.state_file)
+            seen = (info.st_mtime_ns, info.st_ino)
+            if seen != self.state_seen:
+                with open(self.state_file) as stream:
+                    self.state = json.load(stream)
+                self.state_seen = seen
+                self.weight.set(_weight(self.state))
+                self.show_loaded()
+            return self.state
+
+    def show_loaded(self):
+        rollout = self.state["salt"]
+        given_up = self.state.get("given_up") == rollout
+        if not (self.state["candidate"] or given_up):
+            self.loaded.clear()
+            return
+        if rollout not in self.loaded:
+            labels = {**self.labels, "rollout": rollout}
+            self.loaded = {rollout: self.families[-1].Metric(labels=labels)}
+        self.loaded[rollout].set(0.0 if given_up else 1.0)
 
     def execute(self, requests):
         responses = [None] * len(requests)
@@ -96,21 +133,24 @@ class TritonPythonModel:
 
     def decide(self, rows):
         state = self.read_state()
-        arms = {"stable": [], "candidate": []}
-        # A rollout renews its weight at every look; one that is gone leaves no candidate unwatched.
-        weight = state["weight"] if time.time() < state.get("weight_until", float("inf")) else 0.0
+        head = state.get("head", "sampled")
         for row in rows:
-            chosen = state["candidate"] and unit_interval(state["salt"], row["mdp_id"]) < weight
+            row["rollout"] = state["salt"] if state["candidate"] else None
+        arms = {"stable": [], "candidate": []}
+        weight = _weight(state)
+        for row in rows:
+            chosen = unit_interval(state["salt"], row["mdp_id"]) < weight
             arms["candidate" if chosen else "stable"].append(row)
         pending = None
         if arms["candidate"]:
             self.in_flight = [f for f in self.in_flight if not f.done()]
             if len(self.in_flight) < MOST_IN_FLIGHT:
                 started = time.perf_counter()
-                pending = self.pool.submit(self.ask, "candidate", state["candidate"], arms["candidate"])
+                pending = self.pool.submit(self.ask, "candidate", state["candidate"], arms["candidate"], head)
                 self.in_flight.append(pending)
         if arms["stable"]:
-            self.fill(arms["stable"], "stable", state["stable"], self.ask("stable", state["stable"], arms["stable"]))
+            answer = self.ask("stable", state["stable"], arms["stable"], head)
+            self.fill(arms["stable"], "stable", state["stable"], answer)
         if not arms["candidate"]:
             return
         result = "shed"
@@ -124,11 +164,11 @@ class TritonPythonModel:
             except Exception:
                 result = "failed"
         self.decisions["candidate", result].increment(len(arms["candidate"]))
-        answer = self.ask("stable", state["stable"], arms["candidate"])
+        answer = self.ask("stable", state["stable"], arms["candidate"], head)
         self.fill(arms["candidate"], "stable", state["stable"], answer, fallback=True)
 
-    def ask(self, arm, policy, rows):
-        """propensities [B, A] and the sampled action [B] of the arm's version."""
+    def ask(self, arm, policy, rows, head):
+        """The action [B] of the arm's version, and its probability [B]."""
         # The random number is the request's own: asked again, it is answered alike.
         uniform = [[unit_interval(policy["digest"], r["mdp_id"], r["sequence_number"])] for r in rows]
         inputs = [
@@ -139,7 +179,7 @@ class TritonPythonModel:
         call = triton.InferenceRequest(
             model_name="arm",
             model_version=policy["version"],
-            requested_output_names=["propensities", "sampled_action"],
+            requested_output_names=["propensities", f"{head}_action"],
             inputs=inputs,
         )
         started = time.perf_counter()
@@ -147,18 +187,21 @@ class TritonPythonModel:
         self.seconds[arm].observe(time.perf_counter() - started)
         if response.has_error():
             raise RuntimeError(response.error().message())
-        propensities, sampled = (t.as_numpy() for t in response.output_tensors())
+        outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        propensities, action = outputs["propensities"], outputs[f"{head}_action"][:, 0]
         if not np.isfinite(propensities).all():
             raise RuntimeError(f"policy {policy['digest'][:12]} gave probabilities that are not finite")
-        return propensities, sampled[:, 0]
+        if head == "greedy":
+            return action, np.ones(len(action))
+        return action, propensities[np.arange(len(action)), action]
 
     def fill(self, rows, arm, policy, answer, fallback=False):
         self.decisions[arm, "answered"].increment(len(rows))
-        for row, propensities, action in zip(rows, *answer):
+        for row, action, probability in zip(rows, *answer):
             row |= {
                 "action": self.actions[action],
                 "action_index": int(action),
-                "action_probability": float(propensities[action]),
+                "action_probability": float(probability),
                 "policy_version": policy["digest"],
                 "arm": arm,
                 "fallback": fallback,
@@ -180,10 +223,17 @@ class TritonPythonModel:
                 "policy_version": row["policy_version"],
                 "arm": row["arm"],
                 "fallback": row["fallback"],
+                "rollout": row["rollout"],
             }
             lines.append(json.dumps(decision))
         # One write of whole lines: appends of several processes do not mix.
         os.write(self.log, ("\n".join(lines) + "\n").encode())
+
+
+def _weight(state):
+    """A rollout renews its weight at every look; one that is gone leaves no candidate unwatched."""
+    held = state["candidate"] and time.time() < state.get("weight_until", float("inf"))
+    return state["weight"] if held else 0.0
 
 
 def _refusal(message):

@@ -120,7 +120,7 @@ def test_an_unknown_field_like_no_other_gets_no_suggestion(tmp_path: Path, docum
         ({"spec.actions": ["left", "left"]}, ["spec", "actions", "distinct"]),
         ({"spec.deploy.canary.weights": [0.5, 0.1]}, ["spec.deploy.canary", "weights [0.5, 0.1]", "rise"]),
         ({"spec.deploy.canary.weights": [0.5, 0.5]}, ["spec.deploy.canary", "weights [0.5, 0.5]", "rise"]),
-        ({"spec.training.batchSize": 511}, ["spec.training", "batchSize 511", "multiple of workers 2"]),
+        ({"spec.training.batchSize": 511}, ["spec.training", "batchSize 511", "multiple of workers.max 2"]),
         ({"spec.data.decisionLog": "log.parquet"}, ["spec", "simulation", "data.decisionLog", "either"]),
         ({"spec.simulation": ...}, ["spec.data.decisionLog", "missing", "spec.simulation"]),
     ],

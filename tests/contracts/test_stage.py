@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from contracts.stage import RECORD, StageError, alone, digest_files, read_record, stage
+from contracts.job import JobError
+from contracts.stage import RECORD, StageError, alone, compact, digest_files, read_record, stage, tell
 
 
 def test_the_record_is_written_last_and_holds_the_facts(tmp_path: Path) -> None:
@@ -152,3 +154,76 @@ def test_a_directory_is_worked_in_by_one_command_at_a_time(tmp_path: Path) -> No
         pass
     with alone(tmp_path / "run"):
         pass
+
+
+class TestTheTerminationMessage:
+    """A stage's end, as a controller reads it from the pod."""
+
+    @pytest.fixture
+    def log(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("BLUEWHALE_TERMINATION_LOG", str(tmp_path / "termination-log"))
+        return tmp_path / "termination-log"
+
+    def test_of_a_stage_that_succeeded_names_what_it_made(self, tmp_path: Path, log: Path) -> None:
+        with stage("export", tmp_path / "out") as (_, facts):
+            facts |= {"version": 17, "digest": "d" * 64, "largest_difference": 1e-7}
+        assert json.loads(log.read_text()) == {
+            "stage": "export",
+            "status": "succeeded",
+            "message": "version 17, within 1e-07 of torch",
+            "retryable": False,
+            "policy": {"digest": "d" * 64, "version": "17"},
+        }
+
+    @pytest.mark.parametrize(
+        ("error", "message", "retryable"),
+        [
+            (StageError("batchSize 9:\n  lower it"), "batchSize 9: lower it", False),
+            (JobError("spec.data: no"), "spec.data: no", False),
+            (FileNotFoundError("no log"), "no log", False),
+            (ConnectionError("reset"), "ConnectionError: reset", True),
+        ],
+    )
+    def test_of_a_stage_that_failed_says_whether_to_try_again(
+        self, tmp_path: Path, log: Path, error: Exception, message: str, retryable: bool
+    ) -> None:
+        with pytest.raises(type(error)), stage("training", tmp_path / "out"):
+            raise error
+        told = {"stage": "training", "status": "failed", "message": message, "retryable": retryable}
+        assert json.loads(log.read_text()) == told
+
+    def test_is_not_left_where_nobody_asks_for_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("BLUEWHALE_TERMINATION_LOG", raising=False)
+        tell({"stage": "training"})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_is_cut_to_what_kubernetes_keeps(self, log: Path) -> None:
+        tell({"stage": "training", "status": "failed", "message": "é" * 9000})
+        told = json.loads(log.read_text())
+        assert log.stat().st_size <= 4096
+        assert told["message"].endswith("é…")
+        assert told["status"] == "failed"
+
+    def test_repeats_the_records_of_all_stages_as_far_as_there_is_room(self, log: Path) -> None:
+        def told(records: int) -> dict[str, Any]:
+            of_a_stage = {"status": "succeeded", "message": "m" * 3000, "artifact": "minio://" + "a" * 150}
+            tell({"stage": "rollout", "records": {f"stage-{k}": of_a_stage for k in range(records)}, "message": "m"})
+            assert log.stat().st_size <= 4096
+            return json.loads(log.read_text())
+
+        seven = told(7)["records"]
+        assert len(seven) == 7
+        assert all(len(record["message"]) >= 100 and record["message"].endswith("…") for record in seven.values())
+        assert told(70) == {"stage": "rollout", "message": "m"}
+
+    @pytest.mark.parametrize(
+        ("path", "uri"),
+        [
+            ("/minio/mlpipeline/v2/run/policy", "minio://mlpipeline/v2/run/policy"),
+            ("/gcs/bucket/run/policy", "gs://bucket/run/policy"),
+            ("/s3/bucket/run/policy", "s3://bucket/run/policy"),
+            ("/home/me/runs/policy", None),
+        ],
+    )
+    def test_names_the_artifact_as_kfp_does(self, path: str, uri: str | None) -> None:
+        assert compact({"stage": "training", "status": "succeeded"}, path).get("artifact") == uri

@@ -74,13 +74,14 @@ def test_traffic_and_rollout_want_a_running_service(run, command):
     assert "start one with `bluewhale serve`" in done.stderr
 
 
-def test_compile_writes_the_six_stages_as_kfp_components(run, tmp_path):
+def test_compile_writes_the_stages_and_what_a_cluster_adds_as_kfp_components(run, tmp_path):
     done = run("compile", EXAMPLE, "--output", "pipeline.yaml")
     assert done.exit_code == 0, done.output
-    compiled = yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
-    assert set(compiled["root"]["dag"]["tasks"]) == set(STAGES)
+    compiled, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    assert set(compiled["root"]["dag"]["tasks"]) == {"simulation", *STAGES, "rollout"}
+    assert "kubernetes" in platform["platforms"]
     defaults = compiled["root"]["inputDefinitions"]["parameters"]
-    assert json.loads(defaults["training_job"]["defaultValue"])["training"]["workers"] == 2
+    assert json.loads(defaults["training_job"]["defaultValue"])["training"]["workers"] == {"min": 1, "max": 2}
     assert "pip install" not in (tmp_path / "pipeline.yaml").read_text()
 
 
@@ -96,4 +97,4 @@ def test_kfp_reads_each_component_s_documentation():
 
     assert isinstance(training, dsl.base_component.BaseComponent)
     inputs = training.component_spec.inputs
-    assert {"job", "version", "training_data", "normalization"} == set(inputs)
+    assert {"job", "version", "training_data", "normalization", "warm_start"} == set(inputs)

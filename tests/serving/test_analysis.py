@@ -10,12 +10,16 @@ import pytest
 
 from contracts.job import Canary
 from serving.analysis import (
+    ArmReturns,
     LiveReturns,
-    candidate_calls,
+    MeasuredReturns,
+    check_all,
     check_errors,
     check_latency,
+    check_loaded,
     check_reward,
     confidence_radius,
+    read_returns,
 )
 from serving.processes import ServerError
 
@@ -57,13 +61,15 @@ def test_the_interval_narrows_with_samples():
     assert radii == sorted(radii, reverse=True)
 
 
-def returns(stable: list[float], candidate: list[float]) -> LiveReturns:
-    from pathlib import Path
+def figures(totals: list[float]) -> ArmReturns:
+    made = ArmReturns()
+    for total in totals:
+        made.add(total)
+    return made
 
-    live = LiveReturns(Path("nowhere"), "reward")
-    live.metrics_seen = {"reward"}
-    live.arms["stable"].values, live.arms["candidate"].values = stable, candidate
-    return live
+
+def returns(stable: list[float], candidate: list[float]) -> MeasuredReturns:
+    return MeasuredReturns({"stable": figures(stable), "candidate": figures(candidate)}, 0, {"reward"})
 
 
 def spread(mean: float, count: int) -> list[float]:
@@ -108,15 +114,24 @@ def asking(**calls: float | None):
     return ask
 
 
-def test_errors_are_counted_from_the_step_s_start():
-    before = candidate_calls(asking(answered=100.0, failed=50.0))
-    assert check_errors(asking(answered=300.0, failed=50.0), CANARY, before).verdict == "pass"
-    check = check_errors(asking(answered=300.0, failed=55.0, late=1.0), CANARY, before)
-    assert check.verdict == "fail"
-    assert "6 of 206" in check.message
-    assert check_errors(asking(answered=100.0, failed=50.0), CANARY, before).verdict == "inconclusive"
-    assert check_errors(asking(answered=119.0, failed=50.0, late=1.0), CANARY, before).verdict == "inconclusive"
-    assert check_errors(asking(answered=100.0, failed=52.0), CANARY, before).verdict == "fail"
+@pytest.mark.parametrize(
+    ("calls", "verdict"),
+    [
+        ({"answered": 200.0}, "pass"),
+        ({"answered": 200.0, "failed": 5.0, "late": 1.0}, "fail"),
+        ({}, "inconclusive"),
+        ({"answered": 19.0, "late": 1.0}, "inconclusive"),
+        ({"failed": 2.0}, "fail"),
+    ],
+)
+def test_bad_calls_of_a_step_are_counted(calls, verdict):
+    assert check_errors(asking(**calls), CANARY, 10.0).verdict == verdict
+
+
+def test_the_calls_of_a_step_are_those_since_it_began():
+    asked = []
+    check_errors(lambda expression: asked.append(expression) or 0.0, CANARY, 12.5, 'policy_service="a/b"')
+    assert all("[12500ms]" in expression and 'policy_service="a/b"' in expression for expression in asked)
 
 
 def test_latency_passes_fails_or_has_not_been_seen():
@@ -129,8 +144,34 @@ def test_a_silent_prometheus_is_an_error_and_never_a_pass():
     def ask(_: str) -> float:
         raise ServerError("no answer")
 
-    assert check_errors(ask, CANARY, {}).verdict == "error"
+    assert check_errors(ask, CANARY, 10.0).verdict == "error"
     assert check_latency(ask, CANARY).verdict == "error"
+    assert check_loaded(ask, "r1", 1).verdict == "error"
+    checks = check_all(ServerError("no answer"), CANARY, 0, ask, 10.0)
+    assert [check.verdict for check in checks] == ["error"] * 3
+
+
+@pytest.mark.parametrize(
+    ("loaded", "given_up", "replicas", "verdict"),
+    [(2, 0, 2, "pass"), (3, 0, 2, "pass"), (1, 0, 2, "inconclusive"), (0, 0, 0, "inconclusive"), (1, 1, 2, "fail")],
+)
+def test_a_candidate_is_loaded_once_every_replica_says_so(loaded, given_up, replicas, verdict):
+    check = check_loaded(lambda expression: loaded if expression.endswith("1)") else given_up, "r1", replicas)
+    assert check.verdict == verdict
+
+
+def test_without_an_analyst_the_returns_are_unknown_and_not_zero():
+    with pytest.raises(ServerError, match="scrape the analyst"):
+        read_returns(lambda _: None, "reward", "r1")
+
+
+def test_returns_are_read_from_what_the_analyst_exports():
+    held = {
+        "unreadable": 0.0, "return_sum": 5.0, "squared": 8.0, "arm_mdps": 3.0, "mixed": 1.0, "reported": 6.0,
+    }  # fmt: skip
+    found = read_returns(lambda e: next(v for k, v in held.items() if k in e), "reward", "r1", 'policy_service="a/b"')
+    assert found.arms["candidate"] == ArmReturns(3, 5.0, 8.0)
+    assert (found.mixed, found.metrics_seen) == (1, {"reward"})
 
 
 def decided(mdp: str, arm: str, fallback: bool = False, policy: str = "p") -> str:
@@ -158,8 +199,8 @@ def test_an_mdp_that_two_arms_answered_measures_neither(tmp_path):
     )  # fmt: skip
     live = LiveReturns(tmp_path, "reward")
     live.read()
-    assert live.arms["stable"].values == [3.0]
-    assert live.arms["candidate"].values == [7.0]
+    assert live.arms["stable"] == figures([3.0])
+    assert live.arms["candidate"] == figures([7.0])
     assert live.mixed == 3
 
 
@@ -170,7 +211,7 @@ def test_reward_is_the_weighted_sum_of_what_is_reported(tmp_path):
     )
     live = LiveReturns(tmp_path, "reward", {"clicks": 1.0, "cost": -0.5})
     live.read()
-    assert live.arms["stable"].values == [2.0]
+    assert live.arms["stable"] == figures([2.0])
 
 
 def test_what_an_earlier_rollout_saw_is_not_counted_again(tmp_path):
@@ -184,8 +225,8 @@ def test_what_an_earlier_rollout_saw_is_not_counted_again(tmp_path):
     with (tmp_path / "outcomes.jsonl").open("a") as stream:
         stream.write(outcome("under-way", 8.0) + outcome("new", 5.0))
     live.read()
-    assert live.arms["stable"].values == [5.0]
-    assert live.arms["candidate"].values == []
+    assert live.arms["stable"] == figures([5.0])
+    assert live.arms["candidate"] == figures([])
     assert live.mixed == 1
 
 
@@ -198,4 +239,4 @@ def test_a_torn_last_line_is_read_when_it_is_whole(tmp_path):
     (tmp_path / "outcomes.jsonl").write_text(outcome("s", 4.0))
     live.read()
     live.read()
-    assert live.arms["stable"].values == [4.0]
+    assert live.arms["stable"] == figures([4.0])

@@ -12,7 +12,7 @@ from contracts.hashing import unit_interval
 from contracts.job import Canary
 from serving import rollout
 from serving.processes import ServerError
-from serving.triton import read_state, write_state
+from serving.state import read_state, write_state
 
 STABLE, CANDIDATE = {"version": 1, "digest": "s"}, {"version": 2, "digest": "c"}
 CANARY = Canary.model_validate(

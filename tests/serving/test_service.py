@@ -21,7 +21,7 @@ from serving.client import PolicyClient, ServiceError
 from serving.processes import ServerError
 from serving.prometheus import query
 from serving.service import ENDPOINTS, Endpoints, read_endpoints, serve
-from serving.triton import read_state, write_state
+from serving.state import read_state, write_state
 from simulation.cartpole import ACTIONS, FEATURES
 from simulation.policies import behaviour_digest, export_behaviour
 

@@ -1,10 +1,29 @@
-"""How the workers share out the rows."""
+"""How the workers share out the rows, begin with another policy's weights, and go on where others were killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from components.training.worker import permuted_batches
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.bundle import build_network, write_bundle
+from components.training.worker import permuted_batches, start_from
+from contracts.job import DQN, JobSpec
+from contracts.stage import stage
 
+ROOT = Path(__file__).parents[3]
 ROWS = np.arange(100, 160)
 
 
@@ -45,3 +64,161 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_more_steps_do_not_change_the_first() -> None:
     np.testing.assert_array_equal(permuted_batches(ROWS, 12, 20, 5, 0, 1)[:7], permuted_batches(ROWS, 12, 7, 5, 0, 1))
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(12, 5), (8, 3), (7, 7)])
+def test_shares_that_cannot_be_equal_still_make_up_the_batch(batch: int, workers: int) -> None:
+    alone = permuted_batches(ROWS, batch, 9, 5, 0, 1)
+    shares = [permuted_batches(ROWS, batch, 9, 5, r, workers) for r in range(workers)]
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), alone)
+    assert max(s.shape[1] for s in shares) - min(s.shape[1] for s in shares) <= 1
+
+
+SPEC = JobSpec.model_validate(
+    {
+        "actions": ["left", "right"],
+        "seed": 3,
+        "algorithm": {"dqn": {"hiddenLayers": [8]}},
+        "training": {"batchSize": 16, "epochs": 4, "stepsPerEpoch": 40},
+    }
+)
+NORMALIZATION = NormalizationSpec(
+    inputs=["x"], features=[FeatureNormalization(name="x", type="continuous", how="by hand", evidence={})]
+)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The features and normalization stages of a small random log."""
+    root, n = tmp_path_factory.mktemp("stages"), 400
+    generator = np.random.default_rng(0)
+    metrics = [[("reward", float(value))] for value in generator.normal(size=n)]
+    table = pa.table(
+        {
+            "mdp_id": [f"mdp-{row // 4:03}" for row in range(n)],
+            "ordinal": [row % 4 + 1 for row in range(n)],
+            "action": [SPEC.actions[a] for a in generator.integers(2, size=n)],
+            "action_probability": np.full(n, 0.5),
+            "possible_actions": pa.nulls(n, pa.list_(pa.string())),
+            "metrics": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
+            "returns": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
+            "terminal": [row % 4 == 3 for row in range(n)],
+            "truncated": np.zeros(n, bool),
+            "state_x": generator.normal(size=n),
+        }
+    )
+    with stage("features", root / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts["features"] = ["x"]
+    with stage("normalization", root / "normalization") as (directory, _):
+        NORMALIZATION.write(directory / "spec.json")
+    return root
+
+
+def started(stages: Path, output: Path, workers: int = 1, **training: Any) -> list[subprocess.Popen[bytes]]:
+    """Worker processes as torchrun starts them."""
+    output.mkdir(exist_ok=True)
+    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update=training)})
+    (output / "job.json").write_text(spec.model_dump_json(by_alias=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "components.training.worker", "--job", output / "job.json",
+        "--features", stages / "features", "--normalization", stages / "normalization", "--output", output,
+    ]  # fmt: skip
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(workers)
+    ]
+
+
+def trained(stages: Path, output: Path, workers: int = 1, **training: Any) -> dict[str, torch.Tensor]:
+    """The weights that so many workers end with."""
+    processes = started(stages, output, workers, **training)
+    assert [process.wait(120) for process in processes] == [0] * workers
+    return load_file(output / "policy" / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """What one worker makes that nobody disturbs."""
+    output = tmp_path_factory.mktemp("alone")
+    return output, trained(stages, output)
+
+
+def test_workers_with_unequal_shares_learn_what_one_alone_learns(
+    stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    together = trained(stages, tmp_path, workers=3)
+    for name, weights in alone[1].items():
+        torch.testing.assert_close(together[name], weights, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
+    stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    (victim,) = started(stages, tmp_path)
+    while not (tmp_path / "checkpoint.pt").exists() and victim.poll() is None:
+        time.sleep(0.001)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait(10) == -signal.SIGKILL
+    finished = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"]
+    assert 1 <= finished < 4
+    (tmp_path / "epochs" / f"{finished + 1:03}").mkdir(exist_ok=True)  # as if it was killed while it wrote
+    resumed = trained(stages, tmp_path)
+    for name, weights in alone[1].items():
+        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
+    assert sorted(path.name for path in (tmp_path / "epochs").iterdir()) == ["001", "002", "003", "004"]
+    logs = [[json.loads(line) for line in (d / "losses.jsonl").read_text().splitlines()] for d in (tmp_path, alone[0])]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+
+
+def test_workers_that_come_when_all_is_done_change_nothing(
+    stages: Path, alone: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    again = trained(stages, alone[0])
+    assert all(torch.equal(again[name], weights) for name, weights in alone[1].items())
+
+
+class TestAWarmStart:
+    @pytest.fixture
+    def bundle(self, tmp_path: Path) -> Path:
+        torch.manual_seed(1)
+        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        directory = tmp_path / "bundle"
+        write_bundle(directory, network, DQN(hiddenLayers=[8]), NORMALIZATION, ["left", "right"], 1.0, {})
+        return directory
+
+    def test_begins_with_the_policy_s_weights_and_says_whose(self, bundle: Path) -> None:
+        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        digest = start_from(str(bundle), network, NORMALIZATION, ["left", "right"])
+        assert digest == json.loads((bundle / "bundle.json").read_text())["digest"]
+        theirs = load_file(bundle / "weights.safetensors")
+        assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
+
+    @pytest.mark.parametrize(
+        ("layers", "actions", "feature", "what"),
+        [
+            ([9], ["left", "right"], "x", "layers"),
+            ([8], ["up", "down"], "x", "actions"),
+            ([8], ["left", "right"], "y", "features"),
+        ],
+    )
+    def test_with_a_policy_that_does_not_fit_is_none(
+        self, bundle: Path, capsys: pytest.CaptureFixture[str], layers: list[int], actions: list[str], feature: str,
+        what: str,
+    ) -> None:  # fmt: skip
+        renamed = NORMALIZATION.features[0].model_copy(update={"name": feature})
+        normalization = NormalizationSpec(inputs=[feature], features=[renamed])
+        network = build_network(DQN(hiddenLayers=layers), normalization, 2)
+        before = [weights.clone() for weights in network.parameters()]
+        assert start_from(str(bundle), network, normalization, actions) is None
+        assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+        assert f"its {what} are not this job's" in capsys.readouterr().err
+
+    def test_with_a_policy_that_is_gone_is_none(self, tmp_path: Path) -> None:
+        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        assert start_from(str(tmp_path / "gone"), network, NORMALIZATION, ["left", "right"]) is None

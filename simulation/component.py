@@ -1,0 +1,74 @@
+"""The simulation stage: an environment in, a decision log and the policy that made it out."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+from kfp import dsl
+
+from components.image import TRAINING_IMAGE
+from contracts.job import JobSpec
+from contracts.stage import stage
+
+
+@dsl.component(base_image=TRAINING_IMAGE, install_kfp_package=False)
+def simulation(
+    job: str,
+    version: str,
+    directory: str,
+    decisions: dsl.Output[dsl.Dataset],
+    summary: dsl.Output[dsl.Markdown],
+    record: dsl.OutputPath(str),  # type: ignore[valid-type]
+    decision_log: dsl.OutputPath(str),  # type: ignore[valid-type]
+    behaviour_policy: dsl.OutputPath(str),  # type: ignore[valid-type]
+) -> None:
+    """Play the job's environment with its behaviour policy, in place of a product that logs decisions.
+
+    Args:
+        job: JSON of the job's sections actions, export and simulation.
+        version: Digest of code and input; a finished stage is redone when it changes.
+        directory: Where on the shared volume the log is put, below a name of its own.
+
+    Returns:
+        decisions: Directory with `log/decisions.parquet` and the behaviour policy's `model_repository`.
+        summary: The stage's figures for people.
+        record: The stage's end for a controller, as JSON.
+        decision_log: Path of the log on the shared volume.
+        behaviour_policy: Path of the behaviour policy's version directory on the shared volume.
+    """
+    from pathlib import Path
+
+    from components.summary import publish
+    from contracts.job import JobSpec
+    from simulation.component import write_simulation
+
+    log, policy = write_simulation(JobSpec.model_validate_json(job), decisions.path, directory)
+    Path(decision_log).write_text(str(log))
+    Path(behaviour_policy).write_text(str(policy))
+    publish(decisions, summary, record, version)
+
+
+def write_simulation(spec: JobSpec, output: str | Path, directory: str | Path) -> tuple[Path, Path]:
+    """Write the log and the behaviour policy to `output`, and copy them to a directory below `directory`.
+
+    The copy is named after the simulation's settings: a log never changes once a timeline may have read its path.
+    Returns the copied log and the copied policy's version directory.
+    """
+    from components.export.repository import MODEL
+    from simulation.log import write_log
+    from simulation.policies import export_behaviour
+
+    assert spec.simulation is not None
+    with stage("simulation", output) as (made, facts):
+        write_log(spec, made / "log")
+        facts |= json.loads((made / "log" / "stage.json").read_text())
+        policy = export_behaviour(spec.simulation.behaviour_policy, made / "model_repository", spec.export.backend)
+        facts |= {"stage": "simulation", "behaviour_digest": policy["digest"]}
+        copy = Path(directory) / hashlib.sha256(spec.only("simulation", "export").encode()).hexdigest()[:12]
+        if not copy.exists():
+            unfinished = copy.with_name(f".{copy.name}-{uuid.uuid4().hex[:8]}")
+            shutil.copytree(made, unfinished)
+            unfinished.rename(copy)
+    return copy / "log" / "decisions.parquet", copy / "model_repository" / MODEL / str(policy["version"])
