@@ -1,0 +1,101 @@
+"""What pods say: which stage they are, what their stage reported, and why they do not start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bluewhale_operator.outcome import Object
+from contracts.status import Reason
+
+STAGE_LABEL = "bluewhale.io/stage"
+ROLE_LABEL = "bluewhale.io/role"
+"""`worker` of a training job, or Spark's `executor`."""
+PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError")
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Why a child cannot start; `hopeless` when waiting will not help unless somebody acts."""
+
+    reason: Reason
+    message: str
+    hopeless: bool
+
+
+def stage_of(pod: Object) -> str | None:
+    stage: str | None = (pod["metadata"].get("labels") or {}).get(STAGE_LABEL)
+    return stage
+
+
+def record_of(pod: Object) -> dict[str, Any] | None:
+    """The record that a stage left as its container's termination message."""
+    for container in pod.get("status", {}).get("containerStatuses") or []:
+        ended = (container.get("state") or {}).get("terminated") or {}
+        try:
+            record = json.loads(ended.get("message") or "")
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "stage" in record:
+            return record
+    return None
+
+
+def succeeded(pod: Object) -> bool:
+    """Whether the stage's own container has ended well; its sidecar may still be at work."""
+    record = record_of(pod)
+    return bool(record and record.get("status") == "succeeded") or pod.get("status", {}).get("phase") == "Succeeded"
+
+
+def is_executor(pod: Object) -> bool:
+    """Whether the pod is one of Spark's, made by a stage."""
+    return (pod["metadata"].get("labels") or {}).get(ROLE_LABEL) == "executor"
+
+
+def has_ended(thing: Object) -> bool:
+    """Of a pod or a batch Job."""
+    status = thing.get("status") or {}
+    if thing["kind"] == "Pod":
+        return status.get("phase") in ("Succeeded", "Failed")
+    return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in status.get("conditions") or [])
+
+
+def started_at(pod: Object) -> str | None:
+    start: str | None = pod.get("status", {}).get("startTime")
+    return start
+
+
+def find_stall(pods: list[Object], messages: list[str]) -> Stall | None:
+    """The first reason why any pod cannot start, or could not even be made."""
+    for pod in pods:
+        if stall := _pod_stall(pod):
+            return stall
+    for message in messages:
+        if "exceeded quota" in message:
+            return Stall(Reason.QUOTA_EXCEEDED, f"{message}; raise the quota or ask for less", False)
+        if "forbidden" in message or "not found" in message:
+            return Stall(Reason.MISSING_DEPENDENCY, message, True)
+    return None
+
+
+def _pod_stall(pod: Object) -> Stall | None:
+    status, name = pod.get("status", {}), pod["metadata"]["name"]
+    if status.get("phase") != "Pending":
+        return None
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        reason, detail = waiting.get("reason", ""), waiting.get("message", "")
+        if reason in PULL_REASONS:
+            text = f"pod {name}: image {container.get('image', '')} cannot be pulled ({reason}): {detail}"
+            return Stall(Reason.IMAGE_PULL_FAILED, f"{text}; check spec.images and its pull secrets", True)
+        if reason in CONFIG_REASONS:
+            return Stall(Reason.MISSING_DEPENDENCY, f"pod {name}: {detail or reason}", True)
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            detail = condition.get("message", "")
+            missing = "persistentvolumeclaim" in detail and "not found" in detail
+            reason = Reason.MISSING_DEPENDENCY if missing else Reason.UNSCHEDULABLE
+            return Stall(reason, f"pod {name} cannot be placed: {detail}", missing)
+    return None
