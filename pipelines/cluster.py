@@ -34,11 +34,13 @@ TITLES = {
 ARTIFACT_ROOTS = {"minio": "/minio", "s3": "/s3", "gs": "/gcs"}
 """Where KFP's launcher keeps artifacts in a stage's pod, by the scheme of the pipeline root."""
 FIXED = {
-    "simulation": Resources(cpu="1", memory="2Gi"),
-    "evaluation": Resources(cpu="2", memory="4Gi"),
-    "export": Resources(cpu="1", memory="2Gi"),
+    "simulation": Resources(cpu="250m", memory="2Gi"),
+    "evaluation": Resources(cpu="250m", memory="4Gi"),
+    "export": Resources(cpu="250m", memory="2Gi"),
     "rollout": Resources(cpu="250m", memory="1Gi"),
 }
+BURST = "2"
+"""Cores that a stage of fixed resources may use where the node has them to spare."""
 LAUNCHER = Resources(cpu="250m", memory="1Gi")
 HEAP = 0.6  # of the pod's memory is Spark's; Python and what else the JVM needs live in the rest
 QUEUE_PREFIX = "kueue.x-k8s.io/"
@@ -99,7 +101,8 @@ class Cluster:
 
         asked = _resources(spec, stage)
         cpu, memory = f"{int(parse_quantity(asked.cpu) * 1000)}m", f"{_mebibytes(asked.memory)}Mi"
-        task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+        task.set_cpu_request(cpu).set_cpu_limit(BURST if stage in FIXED else cpu)
+        task.set_memory_request(memory).set_memory_limit(memory)
         if asked.gpus:
             task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(asked.gpus)
 

@@ -155,7 +155,8 @@ def _run(body: Mapping[str, Any]) -> PipelineRun:
         tasks.append(
             Task(
                 name=task.get("display_name", ""),
-                state=task.get("state", "PENDING"),
+                # A task that was left out, since one before it failed, has none.
+                state=task.get("state", "SKIPPED"),
                 pod=task.get("pod_name") or next((c["pod_name"] for c in children if c.get("pod_name")), None),
                 start=task.get("start_time"),
                 end=_ended(task.get("end_time")),

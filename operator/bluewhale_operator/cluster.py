@@ -95,6 +95,14 @@ class Cluster:
         path = path_of(document["apiVersion"], document["kind"], meta["namespace"], meta["name"])
         return self.request("PUT", f"{path}/status", {"fieldManager": FIELD_MANAGER}, document)
 
+    def log(self, namespace: str, pod: str, container: str, lines: int) -> str:
+        """The last lines of a container's log; none when there is none to be had."""
+        path = path_of("v1", "Pod", namespace, f"{pod}/log")
+        try:
+            return self._send("GET", path, {"container": container, "tailLines": str(lines)}).decode(errors="replace")
+        except ApiError:
+            return ""
+
     def request(
         self,
         method: str,
@@ -103,9 +111,20 @@ class Cluster:
         body: Object | None = None,
         content_type: str = "application/json",
     ) -> Object:
+        found: Object = json.loads(self._send(method, path, query, body, content_type))
+        return found
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> bytes:
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if body is not None else {})
         try:
-            response = self.client.call_api(
+            response: Any = self.client.call_api(
                 path, method, query_params=[(k, v) for k, v in (query or {}).items() if v], header_params=headers,
                 body=body, auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
                 _request_timeout=TIMEOUT_SECONDS,
@@ -114,8 +133,8 @@ class Cluster:
             raise _explain(error) from None
         except urllib3.exceptions.HTTPError as error:
             raise ApiError(0, "Unreachable", f"the API server cannot be reached: {error}") from None
-        found: Object = json.loads(response.data)
-        return found
+        data: bytes = response.data
+        return data
 
 
 def _explain(error: ApiException) -> ApiError:

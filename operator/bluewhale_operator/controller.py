@@ -33,7 +33,7 @@ from bluewhale_operator.outcome import (
     set_condition,
     timestamp,
 )
-from bluewhale_operator.pods import has_ended, is_executor
+from bluewhale_operator.pods import has_ended, is_executor, last_lines, record_of, stage_of
 from bluewhale_operator.queue import WorkQueue
 from bluewhale_operator.schedule import SCHEDULE_LABEL, reconcile_schedule
 from contracts.job import JobError
@@ -44,6 +44,7 @@ LOG = logging.getLogger("bluewhale")
 BACKEND_REST_SECONDS = 5.0
 """A backend that did not answer is not asked again for this long, whatever the number of jobs."""
 LONGEST_BACKOFF = 60.0
+LOG_LINES = 20
 RUN_LABEL = "pipeline/runid"
 """KFP's, on the pods and the workflow of a run."""
 
@@ -162,12 +163,18 @@ class Controller:
             for o in jobs + [p for p in pods if is_executor(p)]
             if not has_ended(o)
         ]
+        mine = [p for p in pods if run and p["metadata"]["labels"].get(RUN_LABEL, run.id) == run.id]
         service = job["spec"].get("deploy", {}).get("service") or name
         return training_job.Observed(
             run=run,
             backend_error=error,
             submission_refused=self._refused.get(status.run.name, "") if status.run else "",
-            pods=[p for p in pods if run and p["metadata"]["labels"].get(RUN_LABEL, run.id) == run.id],
+            pods=mine,
+            logs={
+                p["metadata"]["name"]: last_lines(self.cluster.log(namespace, p["metadata"]["name"], "main", LOG_LINES))
+                for p in mine
+                if stage_of(p) and p["status"].get("phase") == "Failed" and not record_of(p)
+            },
             messages=self._messages(namespace, jobs, run) if run and not run.ended else [],
             at_work=at_work,
             service=self.cluster.get(API_VERSION, "PolicyService", namespace, service),

@@ -62,6 +62,13 @@ def has_ended(thing: Object) -> bool:
     return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in status.get("conditions") or [])
 
 
+def last_lines(log: str, most: int = 3) -> str:
+    """The end of what a stage's container said, without what Argo's executor adds about itself."""
+    said = [line.strip() for line in log.splitlines() if line.strip()]
+    said = [line for line in said if "argo=true" not in line and not line.startswith("Error: exit status")]
+    return " | ".join(said[-most:])
+
+
 def started_at(pod: Object) -> str | None:
     start: str | None = pod.get("status", {}).get("startTime")
     return start

@@ -67,6 +67,8 @@ class Observed:
     submission_refused: str = ""
     """What the backend said when it turned the run away for good."""
     pods: list[Object] = field(default_factory=list)
+    logs: dict[str, str] = field(default_factory=dict)
+    """The last lines of pods that failed without a word."""
     messages: list[str] = field(default_factory=list)
     """What the run's workflow and jobs say of children that could not be made."""
     at_work: list[Reference] = field(default_factory=list)
@@ -353,7 +355,7 @@ class _Step:
                 if state == "Succeeded":
                     self._event(EventReason.STAGE_SUCCEEDED, f"{stage.name}: {stage.message or 'done'}")
             if state == "Failed" and not stage.message:
-                stage.message = _error_of(stage.name, run, pods)[:4096]
+                stage.message = _error_of(stage.name, run, pods, self.observed.logs)[:4096]
         self._count_workers()
 
     def _take(self, name: str, record: dict[str, Any]) -> None:
@@ -383,7 +385,7 @@ class _Step:
         stage = failed or next((s for s in stages if s.state in ("Running", "Pending")), stages[-1])
         pods = [p for p in self.observed.pods if stage_of(p) == stage.name]
         stage.state = "Failed"
-        stage.message = stage.message or _error_of(stage.name, run, pods)[:4096]
+        stage.message = stage.message or _error_of(stage.name, run, pods, self.observed.logs)[:4096]
         stage.completion_time = stage.completion_time or timestamp(self.now)
         return stage
 
@@ -626,24 +628,23 @@ def _state_of(name: str, run: PipelineRun, own: list[Object], records: dict[str,
         return "Failed"
     if task and task.state == "SUCCEEDED":
         # KFP brings a stage back from its cache without a pod.
-        return "Succeeded" if own or _executed(task, run) else "Cached"
+        return "Succeeded" if own else "Cached"
     if task and task.state in ("SKIPPED", "CANCELED"):
         return "Skipped"
     if any(succeeded(p) for p in own):
         return "Succeeded"
-    return "Running" if own or (task and task.state == "RUNNING") or driver else "Pending"
+    begun = own or (task and task.state == "RUNNING") or (driver and driver.state != "SKIPPED")
+    return "Running" if begun else "Pending"
 
 
-def _executed(task: Any, run: PipelineRun) -> bool:
-    return any(t.name == "executor" and t.state == "SUCCEEDED" and t.pod == task.pod for t in run.tasks)
-
-
-def _error_of(name: str, run: PipelineRun, pods: list[Object]) -> str:
+def _error_of(name: str, run: PipelineRun, pods: list[Object], logs: dict[str, str]) -> str:
     for pod in reversed(pods):
+        log = logs.get(pod["metadata"]["name"])
         for container in pod.get("status", {}).get("containerStatuses", []):
             ended = (container.get("state") or {}).get("terminated") or {}
             if ended.get("exitCode"):
-                return f"pod {pod['metadata']['name']}: {ended.get('reason', 'Error')}, exit code {ended['exitCode']}"
+                text = f"pod {pod['metadata']['name']}: {ended.get('reason', 'Error')}, exit code {ended['exitCode']}"
+                return f"{text}: {log}" if log else text
         if text := pod.get("status", {}).get("message"):
             return f"pod {pod['metadata']['name']}: {text}"
     errors = [t.error for t in run.tasks if t.name in (name, f"{name}-driver") and t.error]

@@ -202,12 +202,11 @@ class Servers:
         if run["state"] != "RUNNING":
             return
         details = run.setdefault("run_details", {"task_details": []})["task_details"]
-        done = sum(t["display_name"] in STAGES and t["state"] == "SUCCEEDED" for t in details)
+        done = len(details)
         for task in details:
             task["state"] = "SUCCEEDED"
         if details:
-            stage = STAGES[len([t for t in details if t["display_name"] in STAGES]) - 1]
-            details.append({"display_name": "executor", "state": "SUCCEEDED", "pod_name": f"{run_id}-{stage}"})
+            stage = STAGES[len(details) - 1]
             self.pod(run_id, stage, record(stage, **facts.get(stage, {})), name)
             done = STAGES.index(stage) + 1
         if done == len(STAGES):
@@ -224,6 +223,9 @@ class Servers:
         for before in STAGES[: STAGES.index(stage)]:
             details.append({"display_name": before, "state": "SUCCEEDED"})
         details.append({"display_name": stage, "state": "FAILED", "pod_name": f"{run_id}-{stage}"})
+        # KFP lists what was left out, without a state.
+        for after in STAGES[STAGES.index(stage) + 1 :]:
+            details += [{"display_name": f"{after}-driver"}, {"display_name": after}]
         run["state"] = "FAILED"
         if message:
             self.pod(run_id, stage, message, name)

@@ -196,9 +196,7 @@ def test_stages_follow_the_run() -> None:
 def test_a_stage_from_the_cache_is_called_cached() -> None:
     life = Life()
     life.begin()
-    run = life.run(2)
-    cached = PipelineRun(run.id, run.name, run.state, tasks=tuple(t for t in run.tasks if t.name != "executor"))
-    life.look(20, run=cached)
+    life.look(20, run=life.run(2))
     assert life.stage("timeline")["state"] == "Cached"
 
 
@@ -257,7 +255,9 @@ def test_a_retried_stage_shows_the_times_of_its_new_attempt() -> None:
     life = Life()
     life.begin()
     failing = stage_pod("features", record("features", "failed", retryable=True))
-    life.look(20, run=life.run(1, "FAILED", failed="features"), pods=[failing])
+    life.look(
+        20, run=life.run(1, "FAILED", failed="features"), pods=[stage_pod("timeline", record("timeline")), failing]
+    )
     assert "startTime" not in life.stage("features")
     assert "completionTime" not in life.stage("features")
     assert life.stage("features")["message"] == ""
@@ -277,6 +277,24 @@ def test_a_container_that_was_killed_says_so() -> None:
     pod["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
     outcome = life.look(20, run=life.run(3, "FAILED", failed="training"), pods=[pod])
     assert "OOMKilled" in get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
+
+
+def test_a_container_that_died_without_a_word_is_quoted_from_its_log() -> None:
+    life = Life(make_job(backoffLimit=0))
+    life.begin()
+    pod = stage_pod("timeline", phase="Failed")
+    pod["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    logs = {pod["metadata"]["name"]: "mkdir /minio: permission denied"}
+    outcome = life.look(20, run=life.run(0, "FAILED", failed="timeline"), pods=[pod], logs=logs)
+    assert "mkdir /minio: permission denied" in get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
+
+
+def test_stages_after_the_failed_one_were_not_started() -> None:
+    life = Life()
+    life.begin()
+    life.look(20, run=life.run(2, "FAILED", failed="normalization"))
+    assert [s["attempts"] for s in life.status["stages"]] == [1, 0, 1, 0, 0, 0, 0]
+    assert life.events.count("StageStarted") == 2
 
 
 def test_a_run_that_was_deleted_is_submitted_anew() -> None:

@@ -101,9 +101,11 @@ def make_run(
     for number, stage in enumerate(STAGES):
         if stage == failed:
             tasks.append(Task(stage, "FAILED", pod=f"{stage}-pod"))
-            break
-        if number < done:
-            tasks += [Task(stage, "SUCCEEDED", pod=f"{stage}-pod"), Task("executor", "SUCCEEDED", pod=f"{stage}-pod")]
+        elif failed and number > STAGES.index(failed):
+            # What comes after a failure is left out, and is listed all the same.
+            tasks += [Task(f"{stage}-driver", "SKIPPED"), Task(stage, "SKIPPED")]
+        elif number < done:
+            tasks.append(Task(stage, "SUCCEEDED", pod=f"{stage}-pod"))
         elif number == done and state == "RUNNING":
             tasks.append(Task(stage, "RUNNING", pod=f"{stage}-pod"))
     return PipelineRun(run_id, name, state, tasks=tuple(tasks))
