@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
+OTHER_KFP := .venv-kfp
 JOB ?= manifests/examples/cartpole.yaml
 DOCKER ?= docker
 REGISTRY ?= ghcr.io/bluewhale-rl
@@ -20,8 +21,8 @@ install: $(VENV)/.installed $(TRITON)/.installed .make/system ## Set up .venv an
 run: install ## Set up, then run the example job (or JOB=path/to/job.yaml)
 	$(BIN)/bluewhale run $(JOB)
 
-test: install ## Set up, then run the whole test suite
-	$(BIN)/python -m pytest
+test: install $(OTHER_KFP)/.installed ## Set up, then run the whole test suite
+	BLUEWHALE_OTHER_KFP=$(CURDIR)/$(OTHER_KFP)/bin/python $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -45,7 +46,7 @@ lock: $(VENV)/.installed ## Write constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## Remove runs, environments and caches
-	rm -rf $(VENV) $(TRITON) .make runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
+	rm -rf $(VENV) $(OTHER_KFP) $(TRITON) .make runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Java for Spark, Prometheus for the canary.
@@ -59,6 +60,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The compiled pipeline must be readable by the minor release before, too.
+$(OTHER_KFP)/.installed:
+	$(PYTHON) -m venv $(OTHER_KFP)
+	$(OTHER_KFP)/bin/pip install --quiet --disable-pip-version-check 'kfp==2.16.*'
 	@touch $@
 
 # The Triton server itself comes in the wheel of pytriton. The wheel wants numpy 1, and Triton's Python backend is built

@@ -127,10 +127,16 @@ def run(run: Run, as_json: bool) -> None:
     sys.exit(code)
 
 
-@_job_command("compile", "bluewhale compile job.yaml --output pipeline.yaml")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True)
+@_job_command("compile", "bluewhale compile manifests/examples/cartpole.yaml -o pipeline.yaml")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path("pipeline.yaml"), show_default=True,
+    help="The file to write; its suffix is .yaml or .json.",
+)  # fmt: skip
 def compile_(run: Run, output: Path) -> None:
-    """Write the job's KFP pipeline for a cluster as IR YAML, its parameters filled in from the job."""
+    """Write the job's KFP pipeline for a cluster as IR YAML, its parameters filled in from the job.
+
+    Upload it in the UI of Kubeflow Pipelines, or apply the job itself and let the operator run it.
+    """
     from pipelines.cluster import compile_pipeline
 
     if output.suffix not in (".yaml", ".yml", ".json"):

@@ -1,16 +1,8 @@
 """The simulation stage: an environment in, a decision log and the policy that made it out."""
 
-import hashlib
-import json
-import shutil
-import uuid
-from pathlib import Path
-
 from kfp import dsl
 
 from components.image import TRAINING_IMAGE
-from contracts.job import JobSpec
-from contracts.stage import stage
 
 
 @dsl.component(base_image=TRAINING_IMAGE, install_kfp_package=False)
@@ -42,33 +34,9 @@ def simulation(
 
     from components.summary import publish
     from contracts.job import JobSpec
-    from simulation.component import write_simulation
+    from simulation.simulate import write_simulation
 
     log, policy = write_simulation(JobSpec.model_validate_json(job), decisions.path, directory)
     Path(decision_log).write_text(str(log))
     Path(behaviour_policy).write_text(str(policy))
     publish(decisions, summary, record, version)
-
-
-def write_simulation(spec: JobSpec, output: str | Path, directory: str | Path) -> tuple[Path, Path]:
-    """Write the log and the behaviour policy to `output`, and copy them to a directory below `directory`.
-
-    The copy is named after the simulation's settings: a log never changes once a timeline may have read its path.
-    Returns the copied log and the copied policy's version directory.
-    """
-    from components.export.repository import MODEL
-    from simulation.log import write_log
-    from simulation.policies import export_behaviour
-
-    assert spec.simulation is not None
-    with stage("simulation", output) as (made, facts):
-        write_log(spec, made / "log")
-        facts |= json.loads((made / "log" / "stage.json").read_text())
-        policy = export_behaviour(spec.simulation.behaviour_policy, made / "model_repository", spec.export.backend)
-        facts |= {"stage": "simulation", "behaviour_digest": policy["digest"]}
-        copy = Path(directory) / hashlib.sha256(spec.only("simulation", "export").encode()).hexdigest()[:12]
-        if not copy.exists():
-            unfinished = copy.with_name(f".{copy.name}-{uuid.uuid4().hex[:8]}")
-            shutil.copytree(made, unfinished)
-            unfinished.rename(copy)
-    return copy / "log" / "decisions.parquet", copy / "model_repository" / MODEL / str(policy["version"])

@@ -44,7 +44,7 @@ LOG = logging.getLogger("bluewhale")
 BACKEND_REST_SECONDS = 5.0
 """A backend that did not answer is not asked again for this long, whatever the number of jobs."""
 LONGEST_BACKOFF = 60.0
-LOG_LINES = 20
+LOG_LINES = 40
 RUN_LABEL = "pipeline/runid"
 """KFP's, on the pods and the workflow of a run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,10 @@ ROLE_LABEL = "bluewhale.io/role"
 """`worker` of a training job, or Spark's `executor`."""
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError")
+
+
+# The launcher's own failures are kept, but for that of what it has launched.
+_WRAPPERS = re.compile(r"argo=true|^[IW]\d{4} |^[EF]\d{4} .*exit status \d+$|^Error: exit status")
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,9 @@ def has_ended(thing: Object) -> bool:
 
 
 def last_lines(log: str, most: int = 3) -> str:
-    """The end of what a stage's container said, without what Argo's executor adds about itself."""
+    """The end of what a stage's container said, without what KFP's launcher and Argo's executor say of themselves."""
     said = [line.strip() for line in log.splitlines() if line.strip()]
-    said = [line for line in said if "argo=true" not in line and not line.startswith("Error: exit status")]
-    return " | ".join(said[-most:])
+    return " | ".join([line for line in said if not _WRAPPERS.search(line)][-most:])
 
 
 def started_at(pod: Object) -> str | None:

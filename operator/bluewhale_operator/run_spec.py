@@ -13,7 +13,7 @@ from pipelines.cluster import run_spec
 def build_run(job: Object, warm_start: str | None) -> Mapping[str, Any]:
     """Compile the job's pipeline; raises `JobError` when it cannot be."""
     meta = job["metadata"]
-    annotations = meta.get("annotations") or {}
+    told = {name: meta.get(name) or {} for name in ("annotations", "labels")}
     typed = parse(job)
-    typed = typed.model_copy(update={"metadata": typed.metadata.model_copy(update={"annotations": annotations})})
+    typed = typed.model_copy(update={"metadata": typed.metadata.model_copy(update=told)})
     return run_spec(typed, meta["uid"], meta["namespace"], warm_start)

@@ -75,7 +75,7 @@ def test_traffic_and_rollout_want_a_running_service(run, command):
 
 
 def test_compile_writes_the_stages_and_what_a_cluster_adds_as_kfp_components(run, tmp_path):
-    done = run("compile", EXAMPLE, "--output", "pipeline.yaml")
+    done = run("compile", EXAMPLE, "-o", "pipeline.yaml")
     assert done.exit_code == 0, done.output
     compiled, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
     assert set(compiled["root"]["dag"]["tasks"]) == {"simulation", *STAGES, "rollout"}

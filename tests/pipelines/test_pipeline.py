@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import kfp
 import pytest
 import yaml
 from google.protobuf.json_format import ParseDict
@@ -63,6 +69,24 @@ def test_kfp_s_own_loader_takes_what_compile_writes(tmp_path: Path) -> None:
     defaults = loaded.component_spec.inputs
     assert all(parameter.default is not None for parameter in defaults.values()), "it can be started from the UI"
     assert json.loads(defaults["training_job"].default)["training"]["workers"] == {"min": 1, "max": 2}
+
+
+OTHER_KFP = os.environ.get("BLUEWHALE_OTHER_KFP", "")
+
+
+@pytest.mark.skipif(not OTHER_KFP, reason="BLUEWHALE_OTHER_KFP names no Python with another release of kfp")
+def test_another_release_of_kfp_takes_it_too(tmp_path: Path) -> None:
+    compile_pipeline(load_job(EXAMPLE), tmp_path / "pipeline.yaml")
+    script = """if True:
+        import sys, kfp
+        from kfp import components
+        loaded = components.load_component_from_file(sys.argv[1])
+        print(kfp.__version__, *sorted(loaded.pipeline_spec.root.dag.tasks))
+    """
+    command = [OTHER_KFP, "-c", script, str(tmp_path / "pipeline.yaml")]
+    told = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
+    assert told[0] != kfp.__version__
+    assert told[1:] == sorted(ALL)
 
 
 def test_the_body_of_a_run_is_a_pipeline_with_every_argument(body: dict[str, Any]) -> None:
@@ -191,6 +215,15 @@ def test_one_worker_trains_in_the_stage_s_own_pod_with_what_the_job_asks_for() -
     assert "BLUEWHALE_TRAINING_SCHEDULER" not in environment(body, "training")
 
 
+def test_the_workers_wait_in_the_queue_of_the_job() -> None:
+    labels = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "low", "team": "search"}
+    queued = load_job(EXAMPLE)
+    queued = queued.model_copy(update={"metadata": queued.metadata.model_copy(update={"labels": labels})})
+    told = environment(run_spec(queued, "u", "lab", None), "training")
+    del labels["team"]
+    assert json.loads(told["BLUEWHALE_QUEUE_LABELS"]) == labels
+
+
 def test_several_workers_are_pods_of_their_own_and_the_stage_only_launches_them(body: dict[str, Any]) -> None:
     assert environment(body, "training")["BLUEWHALE_TRAINING_SCHEDULER"] == "kubernetes_indexed_job"
     assert executors(body)["training"]["resources"]["resourceCpuLimit"] == "250m"
@@ -253,3 +286,17 @@ def test_on_one_machine_there_is_no_pod_to_furnish() -> None:
     assert "warm_start" not in spec.root.input_definitions.parameters
     for executor in spec.deployment_spec["executors"].values():
         assert "env" not in executor["container"]
+
+
+def test_what_a_component_calls_can_be_imported_in_its_pod() -> None:
+    """There, kfp.dsl has no decorators: a component may call nothing that lives beside one."""
+    packages = ["simulation", *(f"components.{name}" for name in (*STAGES, "rollout"))]
+    bodies = [importlib.import_module(f"{package}.component") for package in packages]
+    called = {
+        line.split()[1]
+        for module in bodies
+        for line in inspect.getsource(module).splitlines()
+        if line.startswith("    from ")
+    }
+    script = "".join(f"import {name}\n" for name in sorted(called))
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"_KFP_RUNTIME": "true"}, check=True)
