@@ -23,7 +23,7 @@ from components.export.repository import DESCRIPTION, MODEL
 from contracts.stage import StageError
 from serving.processes import ServerError
 from serving.state import read_state, write_state
-from serving.triton import TritonServer, write_arm_config, write_models
+from serving.triton import CONNECTION_SECONDS, TritonServer, write_arm_config, write_models
 
 POLL_SECONDS = 0.5
 RETIRE_SECONDS = 5.0
@@ -32,8 +32,8 @@ RETRY_SECONDS = 5.0
 """Between the first two attempts to load a policy; then twice as long each time."""
 ATTEMPTS = 3
 """Failed attempts after which a candidate is given up; the shared volume may show its files late."""
-DRAIN_SECONDS = 5.0
-"""Requests still come for so long after a pod was told to end: clients learn of it later."""
+DRAIN_SECONDS = CONNECTION_SECONDS + 5.0
+"""Requests still come for so long after a pod was told to end: clients keep to their connections."""
 EXIT_SECONDS = 10
 """What Triton grants requests in flight when it ends."""
 

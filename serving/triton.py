@@ -21,6 +21,8 @@ ARM_AND_SERVICE = (MODEL, "policy", "feedback")
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 """What no client of the service may do to Triton."""
 KEY_HEADER = "bluewhale-key"
+CONNECTION_SECONDS = 10
+"""Clients connect anew after this: so they come to other replicas, and leave one that is about to end."""
 HASHING = Path(__file__).parent.parent / "contracts" / "hashing.py"
 
 
@@ -154,6 +156,8 @@ class TritonServer(Server):
             *[f"--load-model={name}" for name in models],
             "--disable-auto-complete-config",
             f"--grpc-address={address}", f"--grpc-port={grpc_port}",
+            f"--grpc-max-connection-age={CONNECTION_SECONDS * 1000}",
+            f"--grpc-max-connection-age-grace={exit_seconds * 1000}",
             f"--http-address={address}", f"--http-port={http_port}",
             f"--metrics-address={address}", f"--metrics-port={metrics_port}",
             f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from bluewhale_operator.outcome import (
+    FIELD_MANAGER,
     GROUP,
     Event,
     EventReason,
@@ -77,6 +78,8 @@ class _Step:
         self.generation = service["metadata"].get("generation", 1)
         self.outcome = Outcome(self.status)
         self.servers = [p for p in observed.pods if p["metadata"]["labels"].get(ROLE_LABEL) == SERVER]
+        deployments = (d for d in observed.deployments if d["metadata"]["labels"].get(ROLE_LABEL) == SERVER)
+        self.deployment: Object = next(deployments, {"metadata": {}})
         self.ready = sum(map(_is_ready, self.servers))
 
     # -- the decision ------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ class _Step:
         self._count_replicas()
         self._roll_out()
         self.outcome.apply += make_objects(
-            self.service, self.spec, self._state(), self.servers, self.observed.service_monitors
+            self.service, self.spec, self._state(), self._replicas(), self.servers, self.observed.service_monitors
         )
         if not self.spec.autoscaling:
             name = self.service["metadata"]["name"]
@@ -119,31 +122,38 @@ class _Step:
             self._condition("Stalled", False, Reason.MOVING, "")
 
     def _count_replicas(self) -> None:
-        deployment = next(
-            (d for d in self.observed.deployments if d["metadata"]["labels"].get(ROLE_LABEL) == SERVER), {}
-        )
-        seen = deployment.get("status", {})
-        ready = seen.get("readyReplicas", 0)
+        ready = self.deployment.get("status", {}).get("readyReplicas", 0)
         wanted = self.spec.replicas
         if self.spec.autoscaling:
-            wanted = max(wanted, deployment.get("spec", {}).get("replicas", wanted))
+            wanted = max(wanted, self.deployment.get("spec", {}).get("replicas", wanted))
         self.status.replicas = f"{ready}/{wanted}"
         self.status.endpoint = endpoint(self.service)
+        text = f"{ready} of {wanted} replicas have their models loaded"
         if ready >= wanted:
-            self._condition(
-                "Ready", True, Reason.MODELS_READY, f"{ready} of {wanted} replicas have their models loaded"
-            )
+            self._condition("Ready", True, Reason.MODELS_READY, text)
         else:
-            text = f"{ready} of {wanted} replicas have their models loaded"
             words = next(filter(None, map(_last_words, self.servers)), "")
             self._condition("Ready", False, Reason.MODELS_NOT_READY, f"{text}; {words}" if words else text)
+
+    def _replicas(self) -> int | None:
+        """What to ask of the Deployment; None leaves it to the autoscaler."""
+        if not self.spec.autoscaling:
+            return self.spec.replicas
+        owners = [
+            m["manager"]
+            for m in self.deployment["metadata"].get("managedFields") or []
+            if "f:replicas" in m.get("fieldsV1", {}).get("f:spec", {})
+        ]
+        # Let go of before the autoscaler has written it, the number would fall to one.
+        return self.deployment["spec"]["replicas"] if owners == [FIELD_MANAGER] else None
 
     # -- the candidate -----------------------------------------------------------------------------------------------
 
     def _roll_out(self) -> None:
         status = self.status
         wanted, abort, promote = self._wanted(), self._asked(ABORT_ANNOTATION), self._asked(PROMOTE_ANNOTATION)
-        if status.candidate and (wanted is None or not self._is_under_way(wanted)):
+        under_way = status.candidate and (status.candidate.digest, status.attempt)
+        if under_way and (wanted is None or under_way != (wanted.digest, wanted.attempt)):
             if self.spec.candidate is None:
                 self._end(Reason.ABORTED, "spec.candidate was taken away")
             else:
@@ -153,8 +163,9 @@ class _Step:
         if wanted and status.candidate is None and self.ready:
             self._begin(wanted)
         if status.candidate is None:
-            # An order that finds no candidate is not kept for the next one.
-            status.aborted, status.promoted = abort or status.aborted, promote or status.promoted
+            if wanted is None:
+                # An order that finds no candidate is not kept for the next one.
+                status.aborted, status.promoted = abort or status.aborted, promote or status.promoted
         elif abort:
             status.aborted = abort
             self._end(Reason.ABORTED, f"asked for by the annotation {ABORT_ANNOTATION}={abort}")
@@ -176,10 +187,6 @@ class _Step:
         if tried and tried.digest == asked.digest and asked.attempt <= tried.attempt:
             return None
         return asked
-
-    def _is_under_way(self, wanted: Candidate) -> bool:
-        assert self.status.candidate
-        return (self.status.candidate, self.status.attempt) == (_served(wanted), wanted.attempt)
 
     def _asked(self, annotation: str) -> str | None:
         """The value of an order's annotation, if it was not granted yet."""
@@ -218,6 +225,8 @@ class _Step:
         if waited > LEASE_SECONDS:
             # Paused, or without a controller: the candidate had no traffic or no judge, so the step begins anew.
             status.step_time = timestamp(self.now)
+        # The spec's weights may have been changed meanwhile.
+        status.weight = percent(self._weight)
         seconds = (self.now - parse_time(status.step_time)).total_seconds()
         checks, mdps = self._check(max(LOOK_SECONDS, seconds))
         looked = [CheckStatus(name=c.name, verdict=c.verdict, message=c.message[:1024]) for c in checks]

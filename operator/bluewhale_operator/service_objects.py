@@ -20,19 +20,27 @@ STATE_ANNOTATION = f"{GROUP}/state"
 STATE_DIRECTORY = "/etc/bluewhale"
 USER = 65532
 GRPC, HTTP, METRICS, ANALYST_METRICS = 8001, 8000, 8002, 9102
-GRACE_SECONDS = 30
-"""serving.pod drains for 5 s, then grants Triton 15 s."""
+GRACE_SECONDS = 40
+"""serving.pod drains for 15 s, then grants Triton 15 s."""
 
 
 def make_objects(
-    service: Object, spec: PolicyServiceSpec, state: dict[str, Any], servers: list[Object], service_monitors: bool
+    service: Object,
+    spec: PolicyServiceSpec,
+    state: dict[str, Any],
+    replicas: int | None,
+    servers: list[Object],
+    service_monitors: bool,
 ) -> list[Object]:
-    """Everything that is to be applied, in order; `servers` are Triton's pods as they are."""
+    """Everything that is to be applied, in order; `servers` are Triton's pods as they are.
+
+    Without `replicas`, their number is left to whoever has set it.
+    """
     text = json.dumps(state, indent=2)
     return [
         _config_map(service, text),
         *_marks(servers, text),
-        _deployment(service, spec),
+        _deployment(service, spec, replicas),
         _analyst(service, spec),
         _service(service, SERVER, {"grpc": GRPC, "http": HTTP, "metrics": METRICS}),
         _service(service, ANALYST, {"metrics": ANALYST_METRICS}),
@@ -77,7 +85,7 @@ def _marks(pods: list[Object], state: str) -> list[Object]:
     ]
 
 
-def _deployment(service: Object, spec: PolicyServiceSpec) -> Object:
+def _deployment(service: Object, spec: PolicyServiceSpec, replicas: int | None) -> Object:
     resources: dict[str, Any] = {"cpu": spec.resources.cpu, "memory": spec.resources.memory}
     if spec.resources.gpus:
         resources["nvidia.com/gpu"] = spec.resources.gpus
@@ -107,8 +115,8 @@ def _deployment(service: Object, spec: PolicyServiceSpec) -> Object:
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shared_memory}},
     ]
     made = _pods(service, spec, _name(service), SERVER, container, volumes, METRICS)
-    if not spec.autoscaling:
-        made["spec"]["replicas"] = spec.replicas
+    if replicas is not None:
+        made["spec"]["replicas"] = replicas
     made["spec"]["template"]["spec"]["topologySpreadConstraints"] = [
         {
             "maxSkew": 1,

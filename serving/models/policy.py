@@ -86,11 +86,9 @@ class TritonPythonModel:
         rollout = self.state["salt"]
         given_up = self.state.get("given_up") == rollout
         if not (self.state["candidate"] or given_up):
-            self.loaded.clear()
-            return
+            return  # the last rollout's series stays: Triton lets go of a metric only with its family
         if rollout not in self.loaded:
-            labels = {**self.labels, "rollout": rollout}
-            self.loaded = {rollout: self.families[-1].Metric(labels=labels)}
+            self.loaded[rollout] = self.families[-1].Metric(labels={**self.labels, "rollout": rollout})
         self.loaded[rollout].set(0.0 if given_up else 1.0)
 
     def execute(self, requests):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from bluewhale_operator.outcome import Object, Outcome, Reference, get_condition
 from bluewhale_operator.policy_service import LOOK_SECONDS, Observed, reconcile
 from serving.processes import ServerError
 from serving.rollout import ERRORS_TOLERATED, LEASE_SECONDS
+from tests.operator.bluewhale_operator.test_training_job import Life as JobLife
 from tests.operator.bluewhale_operator.worlds import DIGEST, OTHER, later, make_service, unschedulable_pod, waiting_pod
 
 CANARY = {"weights": [0.1, 0.5], "minimumMdps": 20, "stepTimeoutSeconds": 120}
@@ -207,6 +209,20 @@ def test_replicas_are_set_unless_they_follow_the_load() -> None:
     assert life.status["replicas"] == "1/5"
 
 
+@pytest.mark.parametrize(
+    ("owners", "kept"), [(["bluewhale-operator"], 4), (["kube-controller-manager"], None), ([], None)]
+)
+def test_replicas_are_kept_until_the_autoscaler_has_written_them(owners: list[str], kept: int | None) -> None:
+    life = Life(replicas=4, autoscaling={"maxReplicas": 9})
+    deployment = life.deployment() | {"spec": {"replicas": 4}}
+    deployment["metadata"]["managedFields"] = [
+        {"manager": owner, "fieldsV1": {"f:spec": {"f:replicas": {}}}} for owner in owners
+    ] + [{"manager": "kube-controller-manager", "fieldsV1": {"f:status": {}}}]
+    outcome = life.look(deployments=[deployment])
+    made = next(o for o in outcome.apply if o["kind"] == "Deployment")
+    assert made["spec"].get("replicas") == kept
+
+
 # -- the canary ----------------------------------------------------------------------------------------------------
 
 
@@ -263,8 +279,8 @@ def test_a_harmful_candidate_loses_its_traffic_and_is_not_tried_again_until_its_
 
 
 def test_a_candidate_waits_for_a_service_that_is_not_up() -> None:
-    life = Life(ready=0, candidate=DIGEST)
-    life.service = make_service(canary=CANARY)
+    life = Life(ready=0)
+    life.ask_for(DIGEST)
     life.look()
     life.look(after=3600)
     assert "candidate" not in life.status
@@ -285,6 +301,17 @@ def test_a_candidate_that_a_replica_cannot_load_never_gets_traffic() -> None:
     life.look()
     assert life.condition("RolledOut")[:2] == ("False", "RolledBack")
     assert "1 of 2 replicas cannot load it" in life.status["tried"]["message"]
+
+
+def test_a_replica_that_is_going_need_not_load_the_candidate() -> None:
+    life = Life(ready=2, replicas=2)
+    life.look()
+    life.ask_for(DIGEST)
+    life.look()
+    stays, goes = life.pods()
+    goes["metadata"]["deletionTimestamp"] = "2026-05-04T12:00:00Z"
+    life.look(pods=[stays, goes])
+    assert life.status["weight"] == "10%"
 
 
 def test_no_traffic_never_promotes() -> None:
@@ -389,6 +416,25 @@ def test_a_candidate_that_is_not_loaded_is_not_promoted_by_hand() -> None:
     assert life.status["stable"]["digest"] == DIGEST
 
 
+def test_an_abort_holds_for_a_candidate_that_still_waits_for_its_service() -> None:
+    life = Life(ready=0)
+    life.look()
+    life.ask_for(DIGEST)
+    life.annotate(abort="now")
+    life.look()
+    life.ready = 1
+    life.look()
+    assert life.condition("RolledOut")[:2] == ("False", "Aborted")
+
+
+def test_weights_may_be_changed_on_the_way() -> None:
+    life = Life()
+    life.to_first_step()
+    life.service["spec"]["canary"] = CANARY | {"weights": [0.2]}
+    life.look()
+    assert (life.status["weight"], life.state["weight"]) == ("20%", 0.2)
+
+
 def test_another_candidate_takes_the_place_of_the_one_under_way() -> None:
     life = Life()
     life.to_first_step()
@@ -416,3 +462,54 @@ def test_a_candidate_that_serves_already_changes_nothing() -> None:
     life.look()
     assert life.events == []
     assert get_condition(life.look().status.conditions, "RolledOut").reason == "Adopted"  # type: ignore[attr-defined, union-attr]
+
+
+def promoted(life: Life) -> None:
+    assert life.prometheus
+    for mdps in (30.0, 60.0):
+        life.prometheus.candidate["arm_mdps"] = mdps
+        life.look()
+
+
+def rolled_back(life: Life) -> None:
+    assert life.prometheus
+    life.prometheus.failed = 400.0
+    life.look()
+
+
+def aborted(life: Life) -> None:
+    life.annotate(abort="now")
+    life.look()
+
+
+def superseded(life: Life) -> None:
+    life.ask_for(THIRD)
+    life.look()
+
+
+def paused(life: Life) -> None:
+    life.service["spec"]["paused"] = True
+    life.look()
+
+
+@pytest.mark.parametrize(
+    ("happens", "phase", "reason", "weight"),
+    [
+        (promoted, "Succeeded", "Promoted", "100%"),
+        (rolled_back, "RolledBack", "RolledBack", "0%"),
+        (aborted, "Failed", "Aborted", "0%"),
+        (superseded, "Failed", "Superseded", "0%"),
+        (paused, "RollingOut", "Paused", "10%"),
+        (lambda life: life.look(), "RollingOut", "InProgress", "10%"),
+    ],
+)
+def test_the_job_that_asked_hears_what_became_of_its_policy(
+    happens: Callable[[Life], Any], phase: str, reason: str, weight: str
+) -> None:
+    life, job = Life(), JobLife()
+    job.begin()
+    life.to_first_step()
+    happens(life)
+    job.finish_run(seen_service=life.service)
+    assert (job.status["phase"], job.status["reason"]) == (phase, reason)
+    assert job.status["rollout"]["weight"] == weight

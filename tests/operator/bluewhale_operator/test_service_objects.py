@@ -21,7 +21,7 @@ def made(
     """The objects by kind and name."""
     service = make_service(**{"candidate": None, **spec})
     typed = PolicyServiceSpec.model_validate(service["spec"])
-    objects = make_objects(service, typed, state or STATE, servers or [], service_monitors)
+    objects = make_objects(service, typed, state or STATE, typed.replicas, servers or [], service_monitors)
     return {f"{o['kind']}/{o['metadata']['name']}": o for o in objects}
 
 
@@ -84,7 +84,7 @@ def test_an_update_takes_no_pod_away_before_another_is_ready() -> None:
     objects = made(replicas=2)
     spec = objects["Deployment/shop"]["spec"]
     assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
-    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 20
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > 30
     assert objects["PodDisruptionBudget/shop"]["spec"]["maxUnavailable"] == 1
 
 
