@@ -97,6 +97,9 @@ class Opts(StructuredOpts):  # type: ignore[misc]
     service_account: str | None = None
     """Service account of the pods, which get no token of it."""
 
+    run_as_user: int | None = None
+    """User and group of the pods, so that whoever follows them may read what they write; by default the image's."""
+
     priority_class: str | None = None
     """Priority class of the pods."""
 
@@ -166,12 +169,13 @@ def render(app: AppDef, opts: Opts) -> IndexedJob:
             ports=[{"name": port, "containerPort": number} for port, number in role.port_map.items()],
         ),
     }
+    user = _given(runAsUser=opts.run_as_user, runAsGroup=opts.run_as_user)
     pod = {
         "restartPolicy": "Never",
         "subdomain": name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {"runAsNonRoot": True, **user, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [container],
         "volumes": volumes,
         **_given(

@@ -97,7 +97,7 @@ def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
         },
         "image_pull_policy": os.environ.get("BLUEWHALE_PULL_POLICY", "IfNotPresent"),
         "image_pull_secrets": json.loads(os.environ.get("BLUEWHALE_PULL_SECRETS", "[]")),
-        "service_account": os.environ.get("BLUEWHALE_WORKER_SERVICE_ACCOUNT"),
+        "run_as_user": os.getuid() or None,
         "node_selector": training.node_selector,
         "tolerations": [t.model_dump_json(exclude_none=True) for t in training.tolerations],
         "volumes": [json.dumps(volume) for volume in _volumes()],

@@ -173,7 +173,9 @@ class Controller:
             logs={
                 p["metadata"]["name"]: last_lines(self.cluster.log(namespace, p["metadata"]["name"], "main", LOG_LINES))
                 for p in mine
-                if stage_of(p) and p["status"].get("phase") == "Failed" and not record_of(p)
+                if stage_of(p)
+                and p["status"].get("phase") == "Failed"
+                and (record_of(p) or {}).get("status") != "failed"
             },
             messages=self._messages(namespace, jobs, run) if run and not run.ended else [],
             at_work=at_work,

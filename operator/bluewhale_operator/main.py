@@ -79,7 +79,8 @@ def main() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=os.environ.get("BLUEWHALE_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
-    logging.getLogger("kopf").setLevel("WARNING")
+    for noisy in ("kopf", "aiohttp.access"):
+        logging.getLogger(noisy).setLevel("WARNING")
     backend = KfpBackend(
         os.environ.get("BLUEWHALE_KFP_URL", "http://ml-pipeline.kubeflow:8888"),
         multi_user=os.environ.get("BLUEWHALE_KFP_MULTI_USER") == "true",

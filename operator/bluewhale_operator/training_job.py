@@ -327,7 +327,8 @@ class _Step:
                 self._fail(Reason.ABORTED, "the pipeline run was ended in Kubeflow Pipelines")
                 return
             why = stage.message or run.error or "no reason was given; see the stage's log"
-            self._attempt_failed(why, stage, bool(record.get("retryable", True)))
+            useless = record.get("status") == "failed" and not record.get("retryable", True)
+            self._attempt_failed(why, stage, retryable=not useless)
 
     def _mirror(self, run: PipelineRun) -> None:
         """Bring every stage's state up to what the run, its pods and their records say."""
@@ -346,7 +347,10 @@ class _Step:
                 stage.pod = pods[-1]["metadata"]["name"]
             stage.state = state
             record = self.records.get(stage.name)
-            if record:
+            if record and state == "Failed" and record.get("status") == "succeeded":
+                # It did its work, and then could not hand it over: KFP's launcher knows why.
+                stage.message = _error_of(stage.name, run, pods, self.observed.logs)[:4096]
+            elif record:
                 stage.message = str(record.get("message", ""))[:4096] or stage.message
                 stage.artifact = record.get("artifact") or stage.artifact
                 self._take(stage.name, record)

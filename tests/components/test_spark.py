@@ -81,10 +81,7 @@ def test_they_pass_the_restricted_pod_security_standard_and_hold_no_token(templa
     assert template["spec"]["automountServiceAccountToken"] is False
 
 
-def test_they_need_no_secret_and_no_account_of_their_own(tmp_path: Path) -> None:
+def test_they_need_no_secret(tmp_path: Path) -> None:
     plain = {k: v for k, v in ENVIRONMENT.items() if k not in ("BLUEWHALE_PULL_SECRETS", "BLUEWHALE_VOLUMES")}
     settings = executor_settings(plain, tmp_path / "executor.yaml")
     assert "spark.kubernetes.container.image.pullSecrets" not in settings
-    assert "spark.kubernetes.authenticate.executor.serviceAccountName" not in settings
-    own = executor_settings(plain | {"BLUEWHALE_WORKER_SERVICE_ACCOUNT": "bw"}, tmp_path / "executor.yaml")
-    assert own["spark.kubernetes.authenticate.executor.serviceAccountName"] == "bw"

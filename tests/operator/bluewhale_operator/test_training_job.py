@@ -289,6 +289,17 @@ def test_a_container_that_died_without_a_word_is_quoted_from_its_log() -> None:
     assert "mkdir /minio: permission denied" in get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
 
 
+def test_a_stage_that_could_not_hand_over_its_work_says_why_and_is_tried_again() -> None:
+    life = Life()
+    life.begin()
+    pod = stage_pod("training", record("training"), phase="Failed")
+    pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"] = 1
+    logs = {pod["metadata"]["name"]: "unable to open weights.safetensors: permission denied"}
+    outcome = life.look(20, run=life.run(3, "FAILED", failed="training"), pods=[pod], logs=logs)
+    assert condition(outcome, "Stalled") == ("False", "Retrying")
+    assert "permission denied" in get_condition(outcome.status.conditions, "Stalled").message  # type: ignore[union-attr]
+
+
 def test_stages_after_the_failed_one_were_not_started() -> None:
     life = Life()
     life.begin()
