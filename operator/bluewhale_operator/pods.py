@@ -100,7 +100,7 @@ def _pod_stall(pod: Object) -> Stall | None:
         reason, detail = waiting.get("reason", ""), waiting.get("message", "")
         if reason in PULL_REASONS:
             text = f"pod {name}: image {container.get('image', '')} cannot be pulled ({reason}): {detail}"
-            return Stall(Reason.IMAGE_PULL_FAILED, f"{text}; check spec.images and its pull secrets", True)
+            return Stall(Reason.IMAGE_PULL_FAILED, f"{text}; check its name and the pull secrets", True)
         if reason in CONFIG_REASONS:
             return Stall(Reason.MISSING_DEPENDENCY, f"pod {name}: {detail or reason}", True)
     for condition in status.get("conditions") or []:
