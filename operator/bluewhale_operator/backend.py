@@ -89,14 +89,14 @@ class KfpBackend:
         return _run(self._call("POST", "runs", body={"display_name": name, **spec, **self._experiment(namespace)}))
 
     def terminate(self, run_id: str) -> None:
-        """End a run; one that has ended, or is gone, is as good."""
+        """End a run; one that has ended, is about to, or is gone, is as good."""
         try:
             self._call("POST", f"runs/{run_id}:terminate")
         except _NotFoundError:
             return
         except BackendError as error:
             run = self.get(run_id)
-            if run is None or run.ended:
+            if run is None or run.ended or run.state == "CANCELING":
                 return
             raise error
 

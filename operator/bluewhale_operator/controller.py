@@ -270,7 +270,8 @@ class Controller:
             if outcome.submit:
                 self._submit(found, outcome.status)
         except BackendError as error:
-            self._backend_rests = time.monotonic(), str(error)
+            if not error.refused:
+                self._backend_rests = time.monotonic(), str(error)
             outcome.requeue = BACKEND_REST_SECONDS
 
     def _submit(self, job: Object, status: JobStatus) -> None:

@@ -204,7 +204,7 @@ class _Step:
                 warning=True,
             )
         elif run and not run.ended:
-            out.terminate = run.id
+            self._terminate(run)
             out.requeue = POLL_SECONDS / 5
             return out
         out.delete += self.observed.at_work
@@ -278,7 +278,7 @@ class _Step:
         status, out = self.status, self.outcome
         run = self.observed.run
         if run and not run.ended:
-            out.terminate = run.id
+            self._terminate(run)
             out.requeue = POLL_SECONDS / 5
         elif status.run and not self._reachable:
             out.requeue = POLL_SECONDS
@@ -435,7 +435,11 @@ class _Step:
 
     def _end_run(self) -> None:
         if self.observed.run and not self.observed.run.ended:
-            self.outcome.terminate = self.observed.run.id
+            self._terminate(self.observed.run)
+
+    def _terminate(self, run: PipelineRun) -> None:
+        if run.state != "CANCELING":  # told already
+            self.outcome.terminate = run.id
 
     # -- after the run -----------------------------------------------------------------------------------------------
 
@@ -525,7 +529,8 @@ class _Step:
         """Finished stays finished; the finalizer goes once the run has ended, the job itself by its time to live."""
         run, out = self.observed.run, self.outcome
         if run and not run.ended:
-            out.terminate, out.requeue = run.id, POLL_SECONDS
+            self._terminate(run)
+            out.requeue = POLL_SECONDS
         elif self._reachable or self.status.run is None:
             out.delete += self.observed.at_work
             out.finalizer = False

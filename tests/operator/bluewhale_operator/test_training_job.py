@@ -536,6 +536,13 @@ def test_a_job_deleted_in_any_stage_ends_its_run_first(done: int) -> None:
     assert not life.look(12, run=life.run(done, "CANCELED")).finalizer
 
 
+def test_a_run_that_is_being_ended_is_not_told_again() -> None:
+    life = Life()
+    life.begin()
+    outcome = deleted(life, 10).look(11, run=life.run(2, "CANCELING"))
+    assert (outcome.terminate, outcome.finalizer) == (None, True)
+
+
 def test_deletion_does_not_hang_on_a_backend_that_is_gone() -> None:
     life = Life()
     life.begin()
