@@ -35,7 +35,9 @@ def publish(
     Path(record).write_text(json.dumps(end))
     tell(end)
     # An exported policy has a version of its own.
-    artifact.metadata |= {{"version": "policy_version"}.get(k, k): v for k, v in (facts | more).items()}
+    # KFP's metadata store refuses a null.
+    known = {k: v for k, v in (facts | more).items() if v is not None}
+    artifact.metadata |= {{"version": "policy_version"}.get(k, k): v for k, v in known.items()}
     artifact.metadata["version"] = version
     lines = [f"**{end['message']}**", "", "| | |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in (facts | more).items()]

@@ -21,6 +21,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dsl.Artifact,
     summary = dsl.Markdown(uri=str(tmp_path / "summary.md"))
     with stage("export", artifact.path) as (_, facts):
         facts |= {"version": 17, "digest": "d" * 64, "largest_difference": 1e-7, "actions": ["left|right"] * 13}
+        facts["warm_start"] = None
     publish(artifact, summary, str(tmp_path / "record"), "v1", {"more": 1}, first_event_time="2026-01-01T00:00:00")
     return (
         artifact,
@@ -36,6 +37,7 @@ def test_the_artifact_carries_the_stage_s_facts(told: tuple[dsl.Artifact, str, d
     assert metadata["first_event_time"] == "2026-01-01T00:00:00"
     assert (metadata["version"], metadata["policy_version"]) == ("v1", 17)
     assert "seconds" not in metadata
+    assert None not in metadata.values(), "KFP's metadata store refuses a null"
 
 
 def test_the_summary_is_a_table_for_people(told: tuple[dsl.Artifact, str, dict, dict]) -> None:
