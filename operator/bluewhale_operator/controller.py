@@ -1,6 +1,6 @@
 """Carries out what the pure reconciles decide. Every write may be the last one before a crash, so their order matters:
 
-finalizer, status, then actions that are safe to repeat, then events.
+finalizer, status, then actions that are safe to repeat, then events. A schedule alone acts first.
 """
 
 from __future__ import annotations
@@ -131,8 +131,13 @@ class Controller:
         outcome = self._decide(key, found)
         if outcome is None:
             return None
-        changed = self._write(found, outcome)
-        self._act(found, outcome)
+        if key.kind == "RLTrainingJob" and not isinstance(outcome, training_job.JobOutcome):
+            # A schedule's status says which time was dealt with last: the child comes before it, or might never come.
+            self._act(found, outcome)
+            changed = self._write(found, outcome)
+        else:
+            changed = self._write(found, outcome)
+            self._act(found, outcome)
         for event in outcome.events:
             self._record(found, event)
         self._drop_finalizer(found, outcome)
@@ -208,7 +213,7 @@ class Controller:
                 n["message"] for n in nodes.values() if n.get("message") and n.get("phase") in ("Pending", "Error")
             ]
         for job in jobs:
-            if (job.get("status") or {}).get("active"):
+            if has_ended(job) or (job.get("status") or {}).get("active"):
                 continue
             path = f"/api/v1/namespaces/{namespace}/events"
             query = {"fieldSelector": f"involvedObject.name={job['metadata']['name']},reason=FailedCreate"}
@@ -363,7 +368,7 @@ class Controller:
             body = status.model_dump(by_alias=True, exclude_none=True, mode="json")
             if body != found.get("status"):
                 self.cluster.replace_status({**found, "status": body})
-        except ApiError as error:
+        except Exception as error:
             LOG.warning("status not written: %s", error)
 
     # -- figures -----------------------------------------------------------------------------------------------------

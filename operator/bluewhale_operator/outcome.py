@@ -110,6 +110,13 @@ def set_condition(
     return old is None or (old.status, old.reason) != (new.status, new.reason)
 
 
+def forget_failed_reconcile(conditions: list[Condition], generation: int, now: datetime) -> None:
+    """A reconcile that gets this far has not failed; if it does later, that is told anew."""
+    stalled = get_condition(conditions, "Stalled")
+    if stalled and stalled.status == "True" and stalled.reason == Reason.RECONCILE_FAILED:
+        set_condition(conditions, "Stalled", False, Reason.MOVING, "", generation, now)
+
+
 def get_condition(conditions: list[Condition], type: str) -> Condition | None:
     return next((c for c in conditions if c.type == type), None)
 

@@ -16,6 +16,7 @@ from bluewhale_operator.outcome import (
     Object,
     Outcome,
     Reference,
+    forget_failed_reconcile,
     is_true,
     owner_reference,
     parse_time,
@@ -35,6 +36,7 @@ def reconcile_schedule(job: Object, children: list[Object], now: datetime) -> Ou
     generation = job["metadata"].get("generation", 1)
     status.observed_generation = generation
     out = Outcome(status)
+    forget_failed_reconcile(status.conditions, generation, now)
     try:
         schedule = parse(job).spec.schedule
         assert schedule is not None
@@ -56,19 +58,21 @@ def reconcile_schedule(job: Object, children: list[Object], now: datetime) -> Ou
     running = [c for c in children if not finished(_status(c)) and not c["metadata"].get("deletionTimestamp")]
     suspended = job["spec"].get("suspend", False)
     if due and not suspended:
+        child = make_child(job, due)
+        # It may be there already, when the status was not written any more.
+        others = [c for c in running if c["metadata"]["name"] != child["metadata"]["name"]]
         late = (now - due).total_seconds()
         if late > schedule.starting_deadline_seconds:
             _skip(out, due, f"it was missed by {late:.0f} s, more than spec.schedule.startingDeadlineSeconds")
-        elif running and schedule.concurrency_policy == "Forbid":
-            _skip(out, due, f"{running[0]['metadata']['name']} is still at work (concurrencyPolicy Forbid)")
+        elif others and schedule.concurrency_policy == "Forbid":
+            _skip(out, due, f"{others[0]['metadata']['name']} is still at work (concurrencyPolicy Forbid)")
         else:
             if schedule.concurrency_policy == "Replace":
-                out.delete += [_reference(c) for c in running]
-                running = []
-            child = make_child(job, due)
+                out.delete += [_reference(c) for c in others]
+                others = []
             out.apply.append(child)
             out.events.append(Event(EventReason.CHILD_CREATED, child["metadata"]["name"]))
-            running.append(child)
+            running = [*others, child]
     if due:
         status.last_schedule_time = timestamp(due)
     following = next(CronSim(schedule.cron, now.astimezone(zone)))

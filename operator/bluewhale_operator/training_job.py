@@ -22,6 +22,7 @@ from bluewhale_operator.outcome import (
     Object,
     Outcome,
     Reference,
+    forget_failed_reconcile,
     get_condition,
     is_true,
     parse_time,
@@ -123,14 +124,21 @@ def finished(status: JobStatus) -> bool:
 def at_rest(job: Object) -> bool:
     """Whether the job is finished, and nothing of it is left outside: there is nothing to observe."""
     status = JobStatus.model_validate(job.get("status") or {})
-    holds = FINALIZER in job["metadata"].get("finalizers", [])
-    return finished(status) and not holds and not _retry_asked(job, status)
+    return finished(status) and not _holds(job) and not _retry_asked(job, status)
+
+
+def _holds(job: Object) -> bool:
+    """Whether the job's run is not yet known to have ended."""
+    return FINALIZER in job["metadata"].get("finalizers", [])
 
 
 def _retry_asked(job: Object, status: JobStatus) -> bool:
-    """`kubectl bluewhale retry` sets an annotation: a value that has not been seen yet starts a failed job again."""
+    """`kubectl bluewhale retry` sets an annotation: a value that has not been seen yet starts a failed job again.
+
+    Not before its last run has ended, or there would be two.
+    """
     asked = (job["metadata"].get("annotations") or {}).get(RETRY_ANNOTATION)
-    return bool(asked) and asked != status.retried and is_true(status.conditions, "Failed")
+    return bool(asked) and asked != status.retried and is_true(status.conditions, "Failed") and not _holds(job)
 
 
 class _Step:
@@ -139,7 +147,7 @@ class _Step:
     def __init__(self, job: Object, status: JobStatus, observed: Observed, now: datetime, identity: str) -> None:
         self.job, self.status, self.observed, self.now, self.identity = job, status, observed, now, identity
         self.generation = job["metadata"].get("generation", 1)
-        self.outcome = JobOutcome(status, finalizer=FINALIZER in job["metadata"].get("finalizers", []))
+        self.outcome = JobOutcome(status, finalizer=_holds(job))
         self.records = _records(observed.pods)
 
     # -- the decision ------------------------------------------------------------------------------------------------
@@ -147,6 +155,7 @@ class _Step:
     def decide(self) -> None:
         status, out = self.status, self.outcome
         status.observed_generation = self.generation
+        forget_failed_reconcile(status.conditions, self.generation, self.now)
         if _retry_asked(self.job, status):
             self._start_again()
         if finished(status):
@@ -180,7 +189,9 @@ class _Step:
         elif status.run.id is None:
             self._submit()
         elif self.observed.run is None:
-            if self._reachable:
+            if self._reachable and status.rollout:
+                self._follow_rollout(status.rollout.service)
+            elif self._reachable:
                 self._attempt_failed("the pipeline run is gone: it was deleted in Kubeflow Pipelines", None, True)
             out.requeue = POLL_SECONDS
         else:
@@ -192,7 +203,7 @@ class _Step:
         run, deleted = self.observed.run, parse_time(self.job["metadata"]["deletionTimestamp"])
         if not out.finalizer:
             return out
-        if self.observed.backend_error and status.run and not finished(status):
+        if self.observed.backend_error and status.run:
             waited = (self.now - deleted).total_seconds()
             if waited < CLEANUP_SECONDS:
                 out.requeue = min(POLL_SECONDS, CLEANUP_SECONDS - waited)
@@ -424,6 +435,10 @@ class _Step:
 
     def _stalled(self, stall: Stall | None) -> None:
         if stall:
+            before = get_condition(self.status.conditions, "Stalled")
+            if before and before.reason != stall.reason:
+                # Each reason has its own time, or a long wait for room would fail the first slow pull.
+                self._condition("Stalled", False, Reason.MOVING, "")
             if self._condition("Stalled", True, stall.reason, stall.message):
                 self._event(EventReason.STALLED, stall.message, warning=True)
         elif get_condition(self.status.conditions, "Stalled"):

@@ -289,6 +289,24 @@ def test_a_reconcile_that_fails_tells_it_in_the_status(world: Servers) -> None:
     assert world.job()["status"]["phase"] == "Succeeded"
 
 
+def test_a_status_of_another_version_costs_no_thread(world: Servers) -> None:
+    world.put(make_job())
+    world.put(make_job() | {"status": {"phase": "Unheard-of"}})
+    controller = make_controller(world, Clock())
+    assert controller.look(SHOP) is not None
+
+
+def test_a_child_is_made_even_if_the_operator_dies_over_it(world: Servers) -> None:
+    clock = Clock()
+    world.put(make_job(schedule={"cron": "0 13 * * *"}))
+    make_controller(world, clock).look(SHOP)
+    clock.forward(3601)
+    with pytest.raises(KilledError):
+        make_controller(world, clock, lives=1).look(SHOP)
+    make_controller(world, clock).look(SHOP)
+    assert len(world.cluster().list("bluewhale.io/v1alpha1", "RLTrainingJob", "team")) == 2
+
+
 def test_the_canary_of_the_service_is_followed_to_its_end(world: Servers) -> None:
     clock = Clock()
     world.put(make_job())

@@ -96,6 +96,14 @@ def test_a_run_that_has_ended_is_in_nobodys_way() -> None:
     assert made(outcome) == ["2026-05-04T13:00:00Z"]
 
 
+def test_a_child_that_is_there_before_its_time_was_written_down_is_no_other_run() -> None:
+    job = scheduled(last="2026-05-04T12:00:00Z")
+    there = child(make_child(job, at("2026-05-04T13:00:00"))["metadata"]["name"])
+    outcome = reconcile_schedule(job, [there], at("2026-05-04T13:00:01"))
+    assert reasons(outcome) == ["ChildCreated"]
+    assert outcome.status.active == [there["metadata"]["name"]]
+
+
 def test_history_keeps_the_newest_of_both_kinds() -> None:
     job = scheduled(last="2026-05-04T12:00:00Z", successfulRunsHistoryLimit=1, failedRunsHistoryLimit=0)
     children = [

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from bluewhale_operator.backend import PipelineRun
-from bluewhale_operator.outcome import Reference, get_condition, is_true
+from bluewhale_operator.outcome import Reference, get_condition, is_true, timestamp
 from bluewhale_operator.training_job import (
     CLAIM_SECONDS,
     CLEANUP_SECONDS,
     FINALIZER,
+    RETRY_ANNOTATION,
     STAGES,
     STALL_SECONDS,
     JobOutcome,
@@ -384,6 +385,31 @@ def test_the_deadline_ends_the_run() -> None:
 # -- suspension --------------------------------------------------------------------------------------------------------
 
 
+def test_a_long_wait_for_room_does_not_count_as_one_for_an_image() -> None:
+    life = Life()
+    life.begin()
+    life.look(10, run=life.run(), pods=[unschedulable_pod("timeline", "Insufficient cpu")])
+    outcome = life.look(10 + 2 * STALL_SECONDS, run=life.run(), pods=[waiting_pod("timeline", "ErrImagePull")])
+    assert condition(outcome, "Stalled") == ("True", "ImagePullFailed")
+    assert outcome.terminate is None
+
+
+def test_a_run_that_is_deleted_during_the_canary_is_not_missed() -> None:
+    life = Life()
+    life.begin()
+    life.finish_run()
+    outcome = life.look(90, service=make_service())
+    assert (outcome.status.phase, outcome.submit) == ("RollingOut", False)
+
+
+def test_a_reconcile_that_failed_once_is_forgotten_when_it_succeeds() -> None:
+    life = Life()
+    life.look(backend_error="gone")
+    told = {"type": "Stalled", "status": "True", "reason": "ReconcileFailed", "lastTransitionTime": timestamp(NOW)}
+    life.status["conditions"].append(told)
+    assert condition(life.look(5, backend_error="gone"), "Stalled") == ("False", "Moving")
+
+
 def test_suspension_ends_the_run_and_keeps_finished_stages() -> None:
     life = Life()
     life.begin()
@@ -499,7 +525,8 @@ def test_a_failed_job_is_tried_again_when_somebody_asks_once() -> None:
     life = Life()
     life.begin()
     life.finish_run(rollout="skipped", message="no")
-    life.job["metadata"]["annotations"] = {"bluewhale.io/retry": "1"}
+    life.look(99, run=life.run(7, "SUCCEEDED"))
+    life.job["metadata"]["annotations"] = {RETRY_ANNOTATION: "1"}
     life.look(100)
     outcome = life.look(100)
     assert outcome.submit
@@ -511,9 +538,20 @@ def test_a_failed_job_is_tried_again_when_somebody_asks_once() -> None:
     assert life.status["phase"] == "StoppedByGate"
 
 
+def test_a_job_is_not_tried_again_while_its_last_run_may_go_on() -> None:
+    life = Life(make_job(activeDeadlineSeconds=60))
+    life.begin()
+    life.look(61, backend_error="gone")
+    life.job["metadata"]["annotations"] = {RETRY_ANNOTATION: "1"}
+    assert life.look(62, backend_error="gone").status.phase == "Failed"
+    assert life.look(63, run=life.run(1)).terminate == "r1"
+    life.look(64, run=life.run(1, "CANCELED"))
+    assert life.look(65).status.phase == "Pending"
+
+
 def test_a_job_that_succeeded_is_not_tried_again() -> None:
     life = ended(Life())
-    life.job["metadata"]["annotations"] = {"bluewhale.io/retry": "1"}
+    life.job["metadata"]["annotations"] = {RETRY_ANNOTATION: "1"}
     life.look(100)
     assert life.status["phase"] == "Succeeded"
 
@@ -534,6 +572,14 @@ def test_a_job_deleted_in_any_stage_ends_its_run_first(done: int) -> None:
     outcome = deleted(life, 10).look(10, run=life.run(done))
     assert (outcome.terminate, outcome.finalizer) == ("r1", True)
     assert not life.look(12, run=life.run(done, "CANCELED")).finalizer
+
+
+def test_a_failed_job_whose_run_may_go_on_holds_its_deletion_like_any_other() -> None:
+    life = Life(make_job(activeDeadlineSeconds=60))
+    life.begin()
+    life.look(61, backend_error="gone")
+    assert life.status["phase"] == "Failed"
+    assert deleted(life, 62).look(63, backend_error="gone").finalizer
 
 
 def test_a_run_that_is_being_ended_is_not_told_again() -> None:
