@@ -76,12 +76,12 @@ def executor_settings(environment: Mapping[str, str], template: Path) -> dict[st
         "spark.executorEnv.TZ": "UTC",
         # Executors call the driver back; fixed ports can be let through by a network policy.
         "spark.driver.host": environment["POD_IP"],
-        # Executors have no Services or claims of their own: Spark need not ask to delete any.
-        f"{kubernetes}.driver.service.deleteOnTermination": "false",
-        f"{kubernetes}.driver.ownPersistentVolumeClaim": "false",
         "spark.driver.bindAddress": environment["POD_IP"],
         "spark.driver.port": str(DRIVER_PORT),
         "spark.driver.blockManager.port": str(BLOCK_MANAGER_PORT),
+        # Executors have no Services or claims of their own: Spark need not ask to delete any.
+        f"{kubernetes}.driver.service.deleteOnTermination": "false",
+        f"{kubernetes}.driver.ownPersistentVolumeClaim": "false",
     }
     if secrets := json.loads(environment.get("BLUEWHALE_PULL_SECRETS", "[]")):
         settings[f"{kubernetes}.container.image.pullSecrets"] = ",".join(secrets)

@@ -34,9 +34,9 @@ def publish(
     end = compact(stage, artifact.path) | (told or {})
     Path(record).write_text(json.dumps(end))
     tell(end)
-    # An exported policy has a version of its own.
     # KFP's metadata store refuses a null.
     known = {k: v for k, v in (facts | more).items() if v is not None}
+    # An exported policy has a version of its own.
     artifact.metadata |= {{"version": "policy_version"}.get(k, k): v for k, v in known.items()}
     artifact.metadata["version"] = version
     lines = [f"**{end['message']}**", "", "| | |", "|---|---|"]

@@ -73,6 +73,17 @@ def last_lines(log: str, most: int = 3) -> str:
     return " | ".join([line for line in said if not _WRAPPERS.search(line)][-most:])
 
 
+def last_words(pod: Object, said: str | None = None) -> str:
+    """How a container of the pod ended badly, with what it `said`: by default its termination message."""
+    for container in pod.get("status", {}).get("containerStatuses") or []:
+        for state in (container.get("state") or {}, container.get("lastState") or {}):
+            if (ended := state.get("terminated") or {}).get("exitCode"):
+                how = f"pod {pod['metadata']['name']}: {ended.get('reason', 'Error')}, exit code {ended['exitCode']}"
+                words = (ended.get("message") or "").strip() if said is None else said
+                return f"{how}: {words}" if words else how
+    return ""
+
+
 def started_at(pod: Object) -> str | None:
     start: str | None = pod.get("status", {}).get("startTime")
     return start

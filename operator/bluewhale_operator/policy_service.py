@@ -28,7 +28,7 @@ from bluewhale_operator.outcome import (
     set_condition,
     timestamp,
 )
-from bluewhale_operator.pods import ROLE_LABEL, find_stall
+from bluewhale_operator.pods import ROLE_LABEL, find_stall, last_words
 from bluewhale_operator.service_objects import SERVER, endpoint, make_objects, service_label
 from contracts.job import explain
 from contracts.policy_service import Candidate, PolicyReference, PolicyServiceSpec
@@ -132,7 +132,7 @@ class _Step:
         if ready >= wanted:
             self._condition("Ready", True, Reason.MODELS_READY, text)
         else:
-            words = next(filter(None, map(_last_words, self.servers)), "")
+            words = next(filter(None, map(last_words, self.servers)), "")
             self._condition("Ready", False, Reason.MODELS_NOT_READY, f"{text}; {words}" if words else text)
 
     def _replicas(self) -> int | None:
@@ -349,13 +349,3 @@ def _is_ready(pod: Object) -> bool:
     conditions = pod.get("status", {}).get("conditions") or []
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and not pod["metadata"].get("deletionTimestamp")
-
-
-def _last_words(pod: Object) -> str:
-    """Why a container of the pod ended, with the end of its log."""
-    for container in pod.get("status", {}).get("containerStatuses") or []:
-        for state in (container.get("state") or {}, container.get("lastState") or {}):
-            if (ended := state.get("terminated") or {}).get("exitCode"):
-                why = f"pod {pod['metadata']['name']}: {ended.get('reason', 'Error')}, exit code {ended['exitCode']}"
-                return f"{why}: {ended['message'].strip()}" if ended.get("message") else why
-    return ""

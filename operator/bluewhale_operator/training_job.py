@@ -29,7 +29,16 @@ from bluewhale_operator.outcome import (
     set_condition,
     timestamp,
 )
-from bluewhale_operator.pods import ROLE_LABEL, Stall, find_stall, record_of, stage_of, started_at, succeeded
+from bluewhale_operator.pods import (
+    ROLE_LABEL,
+    Stall,
+    find_stall,
+    last_words,
+    record_of,
+    stage_of,
+    started_at,
+    succeeded,
+)
 from contracts.job import RLTrainingJob, explain
 from contracts.status import (
     CpeStatus,
@@ -663,12 +672,9 @@ def _state_of(name: str, run: PipelineRun, own: list[Object], records: dict[str,
 
 def _error_of(name: str, run: PipelineRun, pods: list[Object], logs: dict[str, str]) -> str:
     for pod in reversed(pods):
-        log = logs.get(pod["metadata"]["name"])
-        for container in pod.get("status", {}).get("containerStatuses", []):
-            ended = (container.get("state") or {}).get("terminated") or {}
-            if ended.get("exitCode"):
-                text = f"pod {pod['metadata']['name']}: {ended.get('reason', 'Error')}, exit code {ended['exitCode']}"
-                return f"{text}: {log}" if log else text
+        # Its termination message is a record, if there is one.
+        if text := last_words(pod, logs.get(pod["metadata"]["name"], "")):
+            return text
         if text := pod.get("status", {}).get("message"):
             return f"pod {pod['metadata']['name']}: {text}"
     errors = [t.error for t in run.tasks if t.name in (name, f"{name}-driver") and t.error]
