@@ -120,6 +120,22 @@ class Normalization(Model):
     overrides: dict[str, FeatureType] = Field({}, description="Types set by hand, by feature.")
 
 
+UNDERSTANDING_CHECKS = ("state_effect", "action_effect", "markov")
+
+
+class Understanding(Model):
+    """Whether the data is that of a Markov decision process at all, asked of a model of what follows a decision."""
+
+    sample_rows: int = Field(50_000, ge=100, description="Most transitions that the model is fitted to and tried on.")
+    model_steps: int = Field(1000, ge=1, description="Optimizer steps of each fitted model.")
+    require: list[Literal[UNDERSTANDING_CHECKS]] = Field(  # type: ignore[valid-type]
+        [],
+        max_length=3,
+        description="Checks that must pass before a policy is trained: what follows depends on the state "
+        "(`state_effect`), on the action (`action_effect`), and on nothing before them (`markov`).",
+    )
+
+
 class DQN(Model):
     """Deep Q-learning on a log (Mnih et al. 2015), double (van Hasselt et al. 2016), dueling (Wang et al. 2016)."""
 
@@ -333,6 +349,7 @@ class JobSpec(Model):
     features: Features = Features()
     reward: Reward = Reward()
     normalization: Normalization = Normalization()
+    understanding: Understanding = Understanding()
     algorithm: Algorithm = Algorithm()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()

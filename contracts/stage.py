@@ -27,6 +27,7 @@ _MESSAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "timeline": lambda r: f"{r['rows_out']:,} transitions of {r['mdps']:,} MDPs, {r['rows_quarantined']:,} quarantined",
     "features": lambda r: f"{r['rows']:,} rows of {len(r['features'])} features",
     "normalization": lambda r: f"{len(r['types'])} features identified, {len(r['dropped'])} dropped",
+    "understanding": lambda r: ", ".join(f"{name.replace('_', ' ')} {c['verdict']}" for name, c in r["checks"].items()),
     "training": lambda r: f"{r['epochs']} epochs on {r['transitions']:,} transitions, policy {r['digest'][:12]}",
     "evaluation": lambda r: f"gate {r['gate']['verdict']}: {r['gate']['reason']}",
     "export": lambda r: f"version {r['version']}, within {r['largest_difference']:.1g} of torch",

@@ -79,7 +79,7 @@ def main() -> None:
 
     \b
     A whole job:      bluewhale run manifests/examples/cartpole.yaml
-    Stage by stage:   bluewhale log JOB, then timeline, features, normalize, train, evaluate, export
+    Stage by stage:   bluewhale log JOB, then timeline, features, normalize, understand, train, evaluate, export
     In service:       bluewhale serve JOB, and beside it simulate JOB and rollout JOB
     """
 
@@ -181,6 +181,15 @@ def normalize(run: Run) -> None:
 
     with _shown(run, "normalization"):
         identify_features(run.job.spec, run.path("features"), run.path("normalization"))
+
+
+@_job_command("understand")
+def understand(run: Run) -> None:
+    """Ask of the data whether it is that of a Markov decision process at all."""
+    from components.understanding.understand import understand as examine
+
+    with _shown(run, "understanding"):
+        examine(run.job.spec, run.path("features"), run.path("normalization"), run.path("understanding"))
 
 
 @_job_command("train")

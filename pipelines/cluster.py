@@ -26,6 +26,7 @@ TITLES = {
     "timeline": "Timeline",
     "features": "Point-in-time features",
     "normalization": "Normalization",
+    "understanding": "Data understanding",
     "training": "Training",
     "evaluation": "Counterfactual evaluation",
     "export": "ONNX export",
@@ -35,6 +36,7 @@ ARTIFACT_ROOTS = {"minio": "/minio", "s3": "/s3", "gs": "/gcs"}
 """Where KFP's launcher keeps artifacts in a stage's pod, by the scheme of the pipeline root."""
 FIXED = {
     "simulation": Resources(cpu="250m", memory="2Gi"),
+    "understanding": Resources(cpu="250m", memory="4Gi"),
     "evaluation": Resources(cpu="250m", memory="4Gi"),
     "export": Resources(cpu="250m", memory="2Gi"),
     "rollout": Resources(cpu="250m", memory="1Gi"),

@@ -1,4 +1,7 @@
-"""The pipeline: timeline -> features -> normalization -> training -> evaluation -> export; in a cluster, rollout."""
+"""The pipeline: timeline -> features -> normalization -> understanding -> training -> evaluation -> export.
+
+In a cluster, a rollout follows.
+"""
 
 # Annotations are not postponed here: KFP reads the pipeline's signature.
 
@@ -16,19 +19,21 @@ from components.normalization.component import normalization
 from components.rollout.component import rollout
 from components.timeline.component import timeline
 from components.training.component import training
+from components.understanding.component import understanding
 from contracts.job import JobError, JobSpec
 from simulation.component import simulation
 
 if TYPE_CHECKING:
     from pipelines.cluster import Cluster
 
-STAGES = ("timeline", "features", "normalization", "training", "evaluation", "export")
+STAGES = ("timeline", "features", "normalization", "understanding", "training", "evaluation", "export")
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "simulation": ("simulation", "export"),
     "timeline": ("data", "reward"),
     "features": ("features",),
     "normalization": ("normalization",),
+    "understanding": ("data", "reward", "understanding"),
     "training": ("data", "reward", "algorithm", "training", "export"),
     "evaluation": ("data", "reward", "evaluation"),
     "export": ("data", "export"),
@@ -43,6 +48,7 @@ class Outputs(NamedTuple):
     timeline: dsl.Dataset
     features: dsl.Dataset
     normalization: dsl.Artifact
+    understanding: dsl.Artifact
     training: dsl.Model
     evaluation: dsl.Artifact
     export: dsl.Model
@@ -97,6 +103,7 @@ def build_pipeline(
         timeline_job: str = "",
         features_job: str = "",
         normalization_job: str = "",
+        understanding_job: str = "",
         training_job: str = "",
         evaluation_job: str = "",
         export_job: str = "",
@@ -113,6 +120,7 @@ def build_pipeline(
             timeline_job: The job's sections that the timeline reads, as JSON.
             features_job: The job's sections that features reads, as JSON.
             normalization_job: The job's sections that normalization reads, as JSON.
+            understanding_job: The job's sections that understanding reads, as JSON.
             training_job: The job's sections that training reads, as JSON.
             evaluation_job: The job's sections that evaluation reads, as JSON.
             export_job: The job's sections that export reads, as JSON.
@@ -130,17 +138,24 @@ def build_pipeline(
         joined = features(job=features_job, version=version, transitions=transitions.outputs["transitions"])
         training_data = joined.outputs["training_data"]
         normalized = normalization(job=normalization_job, version=version, training_data=training_data)
+        understood = understanding(
+            job=understanding_job,
+            version=version,
+            training_data=training_data,
+            normalization=normalized.outputs["normalization"],
+        )
         trained = training(
             job=training_job,
             version=version,
             training_data=training_data,
             normalization=normalized.outputs["normalization"],
             warm_start=warm_start,
-        )
+        ).after(understood)
         policy = trained.outputs["policy"]
         evaluated = evaluation(job=evaluation_job, version=version, training_data=training_data, policy=policy)
         exported = export(job=export_job, version=version, training_data=training_data, policy=policy).after(evaluated)
-        tasks = dict(zip(STAGES, (transitions, joined, normalized, trained, evaluated, exported), strict=True))
+        stages = (transitions, joined, normalized, understood, trained, evaluated, exported)
+        tasks = dict(zip(STAGES, stages, strict=True))
         for stage, task in tasks.items():
             placed(task, stage)
         if cluster:
@@ -158,6 +173,7 @@ def build_pipeline(
             timeline=transitions.outputs["transitions"],
             features=training_data,
             normalization=normalized.outputs["normalization"],
+            understanding=understood.outputs["understanding"],
             training=policy,
             evaluation=evaluated.outputs["evaluation"],
             export=exported.outputs["model_repository"],

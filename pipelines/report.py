@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from components.evaluation.evaluate import REWARD
 from components.normalization.spec import NormalizationSpec
+from components.understanding.page import figure, read_understanding
 from contracts.job import ESTIMATORS, RLTrainingJob
 
 TITLES = {
@@ -35,6 +36,7 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
     losses = [json.loads(line) for line in (directory / "training" / "losses.jsonl").read_text().splitlines()]
     spec = NormalizationSpec.read(directory / "normalization" / "spec.json")
     features = json.loads((directory / "features" / "stage.json").read_text())
+    understanding = read_understanding(directory / "understanding")
     gate = job.spec.evaluation.gate
     metrics = [m for m in sorted(evaluation["logged"]["per_step"]) if m != REWARD or m == gate.metric]
     html = _template().render(
@@ -54,6 +56,8 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
         diagnostics=evaluation["diagnostics"],
         estimates_figure=_estimates(evaluation, gate.metric),
         metrics_figure=_all_metrics(evaluation, metrics),
+        understanding=understanding,
+        understanding_figure=figure(understanding),
         losses_figure=_losses(losses),
         features=spec.features,
         dropped=spec.dropped,

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from components.page import svg, template
 from contracts.job import ESTIMATORS, Gate, JobSpec
 
-COLOURS = {"pass": "#2e7d4f", "disabled": "#666", "fail": "#b3261e", "inconclusive": "#a86400"}
-
-_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Counterfactual policy evaluation</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
-.verdict { border-left: 5px solid {{ colour }}; background: #f6f6f4; padding: .7rem 1rem }
-.verdict b { color: {{ colour }}; text-transform: capitalize }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } td small { color: #666; display: block }
-.judged { background: #eef4fb } svg { width: 100%; height: auto } .scroll { overflow-x: auto }
-</style></head><body>
-<h1>Counterfactual policy evaluation</h1>
-<p class="verdict"><b>{{ report.gate.verdict }}</b>: {{ report.gate.reason }}</p>
+_TEMPLATE = template("""\
+{{ verdict(report.gate.verdict, report.gate.reason) }}
 <h2>What the policy would have earned</h2>
 <p>Estimates of the last epoch's policy on {{ "{:,}".format(report.diagnostics.held_out_mdps) }} held-out MDPs, with
 {{ "%g" % (100 * confidence) }} % intervals; below, times the logged policy. The gate judges the marked one.</p>
@@ -59,7 +44,6 @@ refused
 <table>{% for name, value in report.diagnostics.items() %}
 <tr><td>{{ name | replace("_", " ") | capitalize }}</td><td>{{ "{:,}".format(value) }}</td></tr>
 {% endfor %}</table>
-</body></html>
 """)
 
 
@@ -67,9 +51,9 @@ def write_page(spec: JobSpec, report: dict[str, Any], path: str | Path) -> None:
     """Write the page of an evaluation report to `path`."""
     gate = spec.evaluation.gate
     html = _TEMPLATE.render(
+        title="Counterfactual policy evaluation",
         report=report,
         gate=gate,
-        colour=COLOURS[report["gate"]["verdict"]],
         confidence=spec.evaluation.confidence,
         estimators=ESTIMATORS,
         metrics=sorted(report["logged"]["per_step"]),
@@ -129,7 +113,4 @@ def _over_epochs(report: dict[str, Any], metric: str) -> str:
         if relative:
             axis.axhline(1.0, color="#888", linewidth=0.8, linestyle="--")
     figure.supxlabel("epoch; the dashed line is the logged policy", fontsize=8)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return svg(figure)

@@ -27,11 +27,15 @@ class NormalizationGraph(nn.Module):
             if name in by_name:
                 by_type.setdefault(by_name[name].type, []).append(i)
         self.types = sorted(by_type)
+        self.output_features: list[str] = []
+        """Feature that each column of the output comes from."""
         self.outputs = 0
         for type_ in self.types:
             members = [by_name[spec.inputs[i]] for i in by_type[type_]]
             self._keep(f"{type_}_columns", torch.tensor(by_type[type_]))
             self.outputs += getattr(self, f"_init_{type_}", self._init_standard)(type_, members)
+            for member in members:
+                self.output_features += [member.name] * (len(member.values) if type_ == "enum" else 1)
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value)

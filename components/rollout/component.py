@@ -14,6 +14,7 @@ def rollout(
     timeline: str,
     features: str,
     normalization: str,
+    understanding: str,
     training: str,
     evaluation: str,
     export: str,
@@ -32,6 +33,7 @@ def rollout(
         timeline: That stage's record.
         features: That stage's record.
         normalization: That stage's record.
+        understanding: That stage's record.
         training: That stage's record.
         evaluation: That stage's record, with the gate's verdict.
         export: That stage's record.
@@ -49,7 +51,7 @@ def rollout(
     from components.summary import publish
     from contracts.job import JobSpec
 
-    texts = (timeline, features, normalization, training, evaluation, export)
+    texts = (timeline, features, normalization, understanding, training, evaluation, export)
     records = {told["stage"]: told for told in map(json.loads, texts)}
     request_rollout(
         JobSpec.model_validate_json(job),

@@ -51,7 +51,9 @@ from contracts.status import (
     WorkersStatus,
 )
 
-STAGES = ("timeline", "features", "normalization", "training", "evaluation", "export", "rollout")
+STAGES = (
+    "timeline", "features", "normalization", "understanding", "training", "evaluation", "export", "rollout",
+)  # fmt: skip
 """What every job goes through; one without a log of its own is simulated before."""
 FINALIZER = f"{GROUP}/pipeline-run"
 RETRY_ANNOTATION = f"{GROUP}/retry"

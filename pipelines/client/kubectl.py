@@ -130,7 +130,9 @@ def get(client: ClusterClient, name: str | None, watch: bool, output: str | None
     "kubectl bluewhale logs shop --stage training --worker 1",
 )
 @click.argument("name")
-@click.option("--stage", required=True, help="timeline, features, normalization, training, evaluation, export, ...")
+@click.option(
+    "--stage", required=True, help="timeline, features, normalization, understanding, training, evaluation, export, ..."
+)
 @click.option("-f", "--follow", is_flag=True, help="Wait for more, until the stage ends.")
 @click.option("--worker", type=click.IntRange(min=0), help="Of training's workers, this one.")
 def logs(client: ClusterClient, name: str, stage: str, follow: bool, worker: int | None) -> None:

@@ -30,7 +30,7 @@ from pipelines import reaper
 from pipelines.client.protocol import Asked, Client, ClientError, Job, NotApplicableError, NotFoundError, unknown
 
 # What pipelines.pipeline calls STAGES; that module brings KFP along, which a look at a run has no need of.
-PIPELINE = ("timeline", "features", "normalization", "training", "evaluation", "export")
+PIPELINE = ("timeline", "features", "normalization", "understanding", "training", "evaluation", "export")
 SIMULATED = ("log", *PIPELINE, "rollout")
 OUTCOMES: dict[str, tuple[Any, Reason]] = {
     "promoted": ("Succeeded", Reason.PROMOTED),

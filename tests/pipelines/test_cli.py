@@ -17,8 +17,8 @@ from pipelines.pipeline import SECTIONS, STAGES, parameters
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 COMMANDS = (
-    "run", "compile", "log", "timeline", "features", "normalize", "train", "evaluate", "export", "serve", "rollout",
-    "simulate",
+    "run", "compile", "log", "timeline", "features", "normalize", "understand", "train", "evaluate", "export",
+    "serve", "rollout", "simulate",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_simulation_that_does_not_fit_the_job_is_refused(run, tmp_path):
     assert "spec.actions" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["features", "normalize", "train", "evaluate", "export", "serve"])
+@pytest.mark.parametrize("command", ["features", "normalize", "understand", "train", "evaluate", "export", "serve"])
 def test_a_stage_without_the_one_before_says_so(run, command):
     done = run(command, EXAMPLE)
     assert done.exit_code == 1

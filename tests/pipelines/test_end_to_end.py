@@ -82,7 +82,17 @@ def test_the_example_ends_in_a_promoted_policy_that_is_truly_better(promoted):
 
 
 def test_the_result_says_for_programs_what_the_report_says_for_people(promoted, workplace):
-    for stage in ("log", "timeline", "features", "normalization", "training", "evaluation", "export", "rollout"):
+    for stage in (
+        "log",
+        "timeline",
+        "features",
+        "normalization",
+        "understanding",
+        "training",
+        "evaluation",
+        "export",
+        "rollout",
+    ):
         assert promoted["stages"][stage]["status"] == "succeeded"
         assert promoted["stages"][stage]["seconds"] > 0
     counts = promoted["timeline"]
@@ -94,7 +104,7 @@ def test_the_result_says_for_programs_what_the_report_says_for_people(promoted, 
     assert promoted["seed"] == 7
     assert promoted["versions"]["torch"].startswith("2.13")
     report = (workplace / "runs" / "cartpole" / "report.html").read_text()
-    assert report.count("<svg") == 4
+    assert report.count("<svg") == 5
     assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
@@ -129,7 +139,7 @@ def test_the_log_that_serving_wrote_trains_the_next_policy(promoted, workplace):
 def test_the_same_seed_gives_the_same_weights_and_finished_stages_are_not_redone(promoted, workplace):
     again = bluewhale("run", EXAMPLES / "cartpole.yaml", cwd=workplace)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("finished before") == 8
+    assert again.stderr.count("finished before") == 9
     fresh = workplace / "fresh"
     for stage in ("features", "normalization"):
         (fresh / "cartpole").mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_says_all(report: dict[str, An
 def test_every_verdict_has_a_page(report: dict[str, Any], tmp_path: Path, verdict: str) -> None:
     report["gate"]["verdict"] = verdict
     write_page(SPEC, report, tmp_path / "page.html")
-    assert f"<b>{verdict}</b>" in (tmp_path / "page.html").read_text()
+    assert f">{verdict}</b>" in (tmp_path / "page.html").read_text()
 
 
 def test_the_judged_estimate_is_relative_and_has_its_interval(report: dict[str, Any]) -> None:

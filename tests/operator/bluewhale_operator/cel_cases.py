@@ -44,6 +44,7 @@ FIXED_IN_A_JOB: dict[str, Any] = {
     "features": {"ttlSeconds": 60},
     "reward": {"metricWeights": {"clicks": 1.0}},
     "normalization": {"overrides": {"x": "enum"}},
+    "understanding": {"require": ["action_effect"]},
     "algorithm": {"dqn": {"double": False}},
     "training": {"epochs": 11},
     "evaluation": {"gate": {"enabled": False}},

@@ -305,7 +305,7 @@ def test_stages_after_the_failed_one_were_not_started() -> None:
     life = Life()
     life.begin()
     life.look(20, run=life.run(2, "FAILED", failed="normalization"))
-    assert [s["attempts"] for s in life.status["stages"]] == [1, 0, 1, 0, 0, 0, 0]
+    assert [s["attempts"] for s in life.status["stages"]] == [1, 0, 1, 0, 0, 0, 0, 0]
     assert life.events.count("StageStarted") == 2
 
 

@@ -44,9 +44,9 @@ def test_get_shows_the_stages_as_a_tree(world: Servers, run: Run) -> None:
     assert lines[0].startswith("shop  Running")
     assert "✓ timeline       cached" in lines[1]
     assert "✓ features         1m5s  features is done" in lines[2]
-    assert "● training" in lines[4]
-    assert "attempt 2  1/2 workers" in lines[4]
-    assert [line[4:] for line in lines[5:]] == ["○ evaluation", "○ export", "○ rollout"]
+    assert "● training" in lines[5]
+    assert "attempt 2  1/2 workers" in lines[5]
+    assert [line[4:] for line in lines[6:]] == ["○ evaluation", "○ export", "○ rollout"]
 
 
 def test_get_shows_the_canary_below_the_rollout(world: Servers, run: Run) -> None:

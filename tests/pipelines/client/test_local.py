@@ -24,6 +24,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "timeline": {"rows_out": 100, "mdps": 4, "rows_quarantined": 0},
     "features": {"rows": 100, "features": ["x"]},
     "normalization": {"types": {"x": "continuous"}, "dropped": {}},
+    "understanding": {"checks": {"markov": {"verdict": "pass", "reason": "no"}}},
     "training": {"epochs": 2, "transitions": 96, "digest": "ab" * 32},
     "evaluation": {"gate": {"verdict": "pass", "reason": "lower bound 1.2"}},
     "export": {"version": 17, "largest_difference": 1e-6, "digest": "ab" * 32},
@@ -118,7 +119,7 @@ def test_a_run_at_work_is_where_its_logs_are(client: LocalClient, run: Path) -> 
         status = client.get("shop").status
     states = [s.state for s in status.stages]
     assert (status.phase, status.stage) == ("Running", "training")
-    assert states == ["Succeeded"] * 4 + ["Running"] + ["Pending"] * 3
+    assert states == ["Succeeded"] * 5 + ["Running"] + ["Pending"] * 3
 
 
 def test_a_canary_at_work(client: LocalClient, run: Path) -> None:

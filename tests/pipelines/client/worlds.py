@@ -6,7 +6,9 @@ from typing import Any
 
 from tests.operator.bluewhale_operator.worlds import DIGEST, OTHER, make_job, make_service
 
-STAGES = ("timeline", "features", "normalization", "training", "evaluation", "export", "rollout")
+STAGES = (
+    "timeline", "features", "normalization", "understanding", "training", "evaluation", "export", "rollout",
+)  # fmt: skip
 LOOK = {
     "time": "2026-05-04T12:04:00Z",
     "weight": "25%",
@@ -33,12 +35,12 @@ def stage(name: str, state: str = "Pending", message: str = "", **fields: Any) -
 
 def training(**status: Any) -> dict[str, Any]:
     """A job whose second worker is awaited."""
-    states = [stage("timeline", "Cached"), *(stage(name, "Succeeded", f"{name} is done") for name in STAGES[1:3])]
+    states = [stage("timeline", "Cached"), *(stage(name, "Succeeded", f"{name} is done") for name in STAGES[1:4])]
     return make_job() | {
         "status": {
             "phase": "Running", "stage": "training", "startTime": "2026-05-04T12:00:00Z",
             "workers": {"current": 1, "max": 2, "summary": "1/2"}, "run": {"name": "shop-1", "id": "r1"},
-            "stages": [*states, stage("training", "Running", attempts=2), *map(stage, STAGES[4:])],
+            "stages": [*states, stage("training", "Running", attempts=2), *map(stage, STAGES[5:])],
             **status,
         }
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training data -> is this problem a Markov decision process at all?"""
