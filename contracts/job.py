@@ -386,6 +386,10 @@ class JobSpec(Model):
         return self.model_dump_json(by_alias=True, include={"actions", "seed", *sections})
 
 
+SCHEDULED_NAME_LENGTH = 41
+SCHEDULED_NAME_TOO_LONG = "metadata.name of a job with a schedule must have at most 41 characters: its runs add 11"
+
+
 class RLTrainingJob(Model):
     api_version: Literal["bluewhale.io/v1alpha1"]
     kind: Literal["RLTrainingJob"]
@@ -393,9 +397,11 @@ class RLTrainingJob(Model):
     spec: JobSpec
 
     @model_validator(mode="after")
-    def _has_data(self) -> RLTrainingJob:
+    def _whole(self) -> RLTrainingJob:
         if not (self.spec.simulation or self.spec.data.decision_log):
             raise ValueError("spec.data.decisionLog is missing: name the log's path, or a spec.simulation to make one")
+        if self.spec.schedule and len(self.metadata.name) > SCHEDULED_NAME_LENGTH:
+            raise ValueError(SCHEDULED_NAME_TOO_LONG)
         return self
 
 

@@ -213,7 +213,7 @@ def evaluate(run: Run) -> None:
 @_job_command("export")
 def export(run: Run) -> None:
     """Export the policy to ONNX, check it against torch, and lay out a Triton model repository."""
-    from components.export.repository import export_policy
+    from components.export.policy import export_policy
 
     with _shown(run, "export"):
         export_policy(run.job.spec, run.path("features"), run.path("training"), run.path("export"))

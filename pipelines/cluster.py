@@ -45,7 +45,7 @@ BURST = "2"
 """Cores that a stage of fixed resources may use where the node has them to spare."""
 LAUNCHER = Resources(cpu="250m", memory="1Gi")
 HEAP = 0.6  # of the pod's memory is Spark's; Python and what else the JVM needs live in the rest
-QUEUE_PREFIX = "kueue.x-k8s.io/"
+QUEUE_PREFIXES = ("kueue.x-k8s.io/", "volcano.sh/")
 DATA_VERSION, SCHEDULED_AT = "bluewhale.io/data-version", "bluewhale.io/scheduled-at"
 
 
@@ -86,8 +86,8 @@ class Cluster:
 
     @property
     def queue_labels(self) -> dict[str, str]:
-        """Kueue's labels of the job: the training workers wait in its queue."""
-        return {k: v for k, v in self.job.metadata.labels.items() if k.startswith(QUEUE_PREFIX)}
+        """Kueue's and Volcano's labels of the job: the training workers wait in its queue."""
+        return {k: v for k, v in self.job.metadata.labels.items() if k.startswith(QUEUE_PREFIXES)}
 
     def place(self, task: dsl.PipelineTask, stage: str) -> dsl.PipelineTask:
         """Give a stage's pod its image, resources, volumes, identity and environment."""

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from components.export.repository import write_version
+from components.export.policy import write_version
 from components.training.network import LogisticPolicy
 from contracts.job import BehaviourPolicy, JobError, JobSpec
 from simulation.cartpole import ACTIONS, FEATURES, Policy

@@ -28,7 +28,7 @@ def export(
         summary: The stage's figures for people.
         record: The stage's end for a controller, as JSON.
     """
-    from components.export.repository import export_policy
+    from components.export.policy import export_policy
     from components.summary import passed_on, publish
     from contracts.job import JobSpec
 

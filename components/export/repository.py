@@ -1,22 +1,15 @@
-"""A Triton model repository: one immutable version directory per policy."""
+"""A Triton model repository: one immutable version directory per policy.
+
+Serving reads it too, and has no torch: nothing here may need it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
-from components.export.onnx_policy import check_onnx, export_onnx
-from components.training.bundle import read_bundle
-from components.transitions import load_transitions
-from contracts.job import JobSpec
-from contracts.progress import report
-from contracts.stage import StageError, read_record, stage
+from contracts.stage import StageError
 
 MODEL = "arm"
 DESCRIPTION = "policy.json"
@@ -25,68 +18,6 @@ DESCRIPTION = "policy.json"
 def version_of(digest: str) -> int:
     """The version number, which Triton wants to be a positive integer, of the policy with this digest."""
     return int(digest[:7], 16) + 1
-
-
-def export_policy(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
-    """Write `model_repository/` with the last epoch's policy; raises `StageError` when ONNX and torch disagree."""
-    read_record(training)
-    with stage("export", output) as (directory, facts):
-        bundle = read_bundle(Path(training) / "policy")
-        states = load_transitions(features, spec).state[:10_000]
-        report(0, 1, "ONNX")
-        facts |= write_version(
-            directory / "model_repository",
-            bundle.network,
-            bundle.temperature,
-            features=bundle.normalization.inputs,
-            actions=bundle.actions,
-            digest=bundle.digest,
-            states=states,
-            backend=spec.export.backend,
-        )
-        report(1, 1, f"largest difference {facts['largest_difference']:.1g}")
-
-
-def write_version(
-    repository: Path,
-    network: nn.Module,
-    temperature: float,
-    *,
-    features: list[str],
-    actions: list[str],
-    digest: str,
-    states: np.ndarray,
-    backend: str = "python",
-) -> dict[str, Any]:
-    """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
-    version = version_of(digest)
-    _check_alike(repository, [*read_policies(repository).values(), {"features": features, "actions": actions}])
-    # Written beside its place and moved there whole: a version directory never changes.
-    place = repository / MODEL / str(version)
-    if place.exists():
-        raise FileExistsError(f"{place}: this policy is in the repository already, and a version never changes")
-    directory = place.with_name(f".{version}")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    path = directory / "model.onnx"
-    policy = export_onnx(network, temperature, len(features), len(actions), path)
-    width = len(features)
-    extremes = np.array([[np.nan] * width, [0.0] * width, [1e30] * width, [-1e30] * width], np.float32)
-    difference = check_onnx(policy, path, np.concatenate([states, extremes]), len(actions), seed=0)
-    if backend == "python":
-        shutil.copy(Path(__file__).with_name("triton_model.py"), directory / "model.py")
-    description = {
-        "digest": digest,
-        "version": version,
-        "features": features,
-        "actions": actions,
-        "temperature": temperature,
-        "onnx_digest": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))
-    directory.rename(place)
-    write_config(repository, backend)
-    return description | {"largest_difference": difference}
 
 
 def read_policies(repository: Path) -> dict[int, dict[str, Any]]:
@@ -98,7 +29,7 @@ def read_policies(repository: Path) -> dict[int, dict[str, Any]]:
 def write_config(repository: Path, backend: str = "python") -> None:
     """Write the model's config.pbtxt for the versions that are there, which must share features and actions."""
     policies = read_policies(repository)
-    _check_alike(repository, list(policies.values()))
+    check_alike(repository, list(policies.values()))
     first = next(iter(policies.values()))
     f, a = len(first["features"]), len(first["actions"])
     threads = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
@@ -124,7 +55,8 @@ version_policy {{ specific {{ versions: [ {", ".join(map(str, policies))} ] }} }
     )
 
 
-def _check_alike(repository: Path, policies: list[dict[str, Any]]) -> None:
+def check_alike(repository: Path, policies: list[dict[str, Any]]) -> None:
+    """Raise `StageError` unless all policies have the same features and actions."""
     for other in policies[1:]:
         for name in ("features", "actions"):
             if other[name] != policies[0][name]:

@@ -81,8 +81,9 @@ def train(
 def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
     """The scheduler's configuration, from the stage pod's environment and the job: its pods see the same volumes."""
     job, namespace, uid = (os.environ[name] for name in ("BLUEWHALE_JOB", "BLUEWHALE_NAMESPACE", "POD_UID"))
+    queue_labels = json.loads(os.environ.get("BLUEWHALE_QUEUE_LABELS", "{}"))
     if scheduler == "kubernetes":
-        return {"namespace": namespace, "queue": os.environ.get("BLUEWHALE_VOLCANO_QUEUE", "default")}
+        return {"namespace": namespace, "queue": queue_labels.get("volcano.sh/queue-name", "default")}
     training = spec.training
     return {
         "namespace": namespace,
@@ -91,7 +92,7 @@ def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
         # Workers that nobody follows any more go with this pod.
         "owner": {"apiVersion": "v1", "kind": "Pod", "name": os.environ["POD_NAME"], "uid": uid},
         "labels": {
-            **json.loads(os.environ.get("BLUEWHALE_QUEUE_LABELS", "{}")),
+            **queue_labels,
             "bluewhale.io/job": job,
             "bluewhale.io/role": ROLE,
         },

@@ -229,6 +229,7 @@ class Controller:
             pods=self.cluster.list("v1", "Pod", namespace, selector),
             ask=(lambda expression: query(url, expression)) if url else None,
             service_monitors=self._has_service_monitors(),
+            autoscaled=self.cluster.get("autoscaling/v2", "HorizontalPodAutoscaler", namespace, name) is not None,
         )
 
     def _has_service_monitors(self) -> bool:

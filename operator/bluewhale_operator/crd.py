@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from bluewhale_operator.outcome import GROUP
-from contracts.job import Algorithm, Canary, JobSpec, Training, Workers
+from contracts.job import SCHEDULED_NAME_LENGTH, SCHEDULED_NAME_TOO_LONG, Algorithm, Canary, JobSpec, Training, Workers
 from contracts.policy_service import Candidate, PolicyServiceSpec
 from contracts.status import Condition, JobStatus, PolicyServiceStatus, StageStatus
 
@@ -182,8 +182,8 @@ KINDS = [
         rules=[
             NAME,
             Rule(
-                "!has(self.spec.schedule) || self.metadata.name.size() <= 41",
-                "metadata.name of a job with a schedule must have at most 41 characters: its runs add 11",
+                f"!has(self.spec.schedule) || self.metadata.name.size() <= {SCHEDULED_NAME_LENGTH}",
+                SCHEDULED_NAME_TOO_LONG,
             ),
         ],
         columns=[

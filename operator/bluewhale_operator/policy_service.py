@@ -58,6 +58,8 @@ class Observed:
     """Asks Prometheus; None where no Prometheus is named."""
     service_monitors: bool = False
     """Whether the API server knows the kind ServiceMonitor."""
+    autoscaled: bool = False
+    """Whether the service's autoscaler exists."""
 
 
 def reconcile(service: Object, observed: Observed, now: datetime) -> Outcome:
@@ -106,7 +108,7 @@ class _Step:
         self.outcome.apply += make_objects(
             self.service, self.spec, self._state(), self._replicas(), self.servers, self.observed.service_monitors
         )
-        if not self.spec.autoscaling:
+        if self.observed.autoscaled and not self.spec.autoscaling:
             name = self.service["metadata"]["name"]
             self.outcome.delete.append(Reference("autoscaling/v2", "HorizontalPodAutoscaler", name))
         settled = is_true(status.conditions, "Ready") and status.candidate is None

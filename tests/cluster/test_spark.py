@@ -7,13 +7,12 @@ have or can pull.
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client, config, utils
+from kubernetes import client, utils
 
 IMAGE = os.environ.get("BLUEWHALE_TEST_IMAGE", "")
 RBAC = Path(__file__).parents[2] / "manifests" / "base" / "pipeline-rbac.yaml"
@@ -36,20 +35,11 @@ with spark_session("test") as spark:
 
 
 @pytest.fixture(scope="module")
-def core() -> client.CoreV1Api:
-    return client.CoreV1Api(config.new_client_from_config(os.environ["KUBECONFIG"]))
-
-
-@pytest.fixture(scope="module")
-def namespace(core: client.CoreV1Api) -> Iterator[str]:
-    """One that takes only restricted pods, with the rights of a pipeline's pods."""
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    metadata = client.V1ObjectMeta(generate_name="bluewhale-spark-", labels=labels)
-    name: str = core.create_namespace(client.V1Namespace(metadata=metadata)).metadata.name
+def namespace(core: client.CoreV1Api, namespace: str) -> str:
+    """With the rights of a pipeline's pods."""
     for document in yaml.safe_load_all(RBAC.read_text()):
-        utils.create_from_dict(core.api_client, document, namespace=name)
-    yield name
-    core.delete_namespace(name)
+        utils.create_from_dict(core.api_client, document, namespace=namespace)
+    return namespace
 
 
 def start_driver(core: client.CoreV1Api, namespace: str, name: str, then: str = "pass") -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kubernetes import client, config
+from kubernetes import client
 from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppDef, AppState, Resource
@@ -36,21 +36,6 @@ for _ in range(int(os.environ["STEPS"])):
     time.sleep(0.1)
 print("finished", flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def core() -> client.CoreV1Api:
-    return client.CoreV1Api(config.new_client_from_config(os.environ["KUBECONFIG"]))
-
-
-@pytest.fixture(scope="module")
-def namespace(core: client.CoreV1Api) -> Iterator[str]:
-    """One that takes only restricted pods."""
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    metadata = client.V1ObjectMeta(generate_name="bluewhale-training-", labels=labels)
-    name: str = core.create_namespace(client.V1Namespace(metadata=metadata)).metadata.name
-    yield name
-    core.delete_namespace(name)
 
 
 @pytest.fixture

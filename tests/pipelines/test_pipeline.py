@@ -216,7 +216,7 @@ def test_one_worker_trains_in_the_stage_s_own_pod_with_what_the_job_asks_for() -
 
 
 def test_the_workers_wait_in_the_queue_of_the_job() -> None:
-    labels = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "low", "team": "search"}
+    labels = {"kueue.x-k8s.io/queue-name": "gpus", "volcano.sh/queue-name": "night", "team": "search"}
     queued = load_job(EXAMPLE)
     queued = queued.model_copy(update={"metadata": queued.metadata.model_copy(update={"labels": labels})})
     told = environment(run_spec(queued, "u", "lab", None), "training")

@@ -72,7 +72,7 @@ def test_the_scheduler_takes_its_configuration_even_with_a_long_name() -> None:
 
 def test_volcano_is_told_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster_config(SPEC, "kubernetes") == {"namespace": "rl", "queue": "default"}
-    monkeypatch.setenv("BLUEWHALE_VOLCANO_QUEUE", "gpus")
+    monkeypatch.setenv("BLUEWHALE_QUEUE_LABELS", '{"volcano.sh/queue-name": "gpus"}')
     assert cluster_config(SPEC, "kubernetes")["queue"] == "gpus"
 
 

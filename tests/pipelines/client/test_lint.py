@@ -29,6 +29,7 @@ spec:
             "spec.deploy.canary.weights.1",
         ),
         (JOB.replace("  data: {decisionLog: log.parquet}\n", ""), 1, "spec.data.decisionLog is missing"),
+        (JOB.replace("shop", "s" * 42) + "  schedule: {cron: 0 3 * * *}\n", 1, "at most 41 characters"),
         (JOB.replace("  name: shop", "  labels: {}"), 3, "metadata.name: required, but missing"),
         ("a: 1\n---\n" + JOB.replace("RLTrainingJob", "RLTraining"), 4, "kind: input should be 'RLTrainingJob'"),
         (JOB + "---\n" + JOB.replace("shop", "Shop"), 12, "metadata.name"),

@@ -1,4 +1,4 @@
-"""The layout of a Triton model repository, one immutable directory per policy."""
+"""Policies as versions of a Triton model repository, one immutable directory each."""
 
 import hashlib
 import re
@@ -10,9 +10,10 @@ import onnxruntime
 import pytest
 import torch
 
-from components.export import repository as repo
+from components.export import policy as module
 from components.export.onnx_policy import ServedPolicy
-from components.export.repository import read_policies, version_of, write_config, write_version
+from components.export.policy import write_version
+from components.export.repository import read_policies, version_of, write_config
 from components.training.network import LogisticPolicy
 from contracts.stage import StageError
 
@@ -114,8 +115,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(network: torch.nn.Module, temperature: float, features: int, actions: int, path: Path) -> None:
         path.write_text("graph")
 
-    monkeypatch.setattr(repo, "export_onnx", export)
-    monkeypatch.setattr(repo, "check_onnx", lambda *_, **__: 0.0)
+    monkeypatch.setattr(module, "export_onnx", export)
+    monkeypatch.setattr(module, "check_onnx", lambda *_, **__: 0.0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -175,8 +176,8 @@ def test_states_on_which_the_graph_fails_are_found_before_the_policy_is_describe
         real(network, *rest)
         return ServedPolicy(LogisticPolicy([0.5, -0.5], 0.1), 1.0)
 
-    real = repo.export_onnx
-    monkeypatch.setattr(repo, "export_onnx", other)
+    real = module.export_onnx
+    monkeypatch.setattr(module, "export_onnx", other)
     with pytest.raises(StageError, match="differs from torch"):
         write(tmp_path, FIRST)
     assert read_policies(tmp_path) == {}
