@@ -26,6 +26,9 @@ STEP_WISE_ESTIMATORS = (
 )
 ESTIMATORS = STEP_WISE_ESTIMATORS + SEQUENTIAL_ESTIMATORS
 
+REWARD = "reward"
+"""The weighted sum of the metrics, judged under this name unless a metric has it."""
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=52)]

@@ -16,10 +16,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from components.evaluation.evaluate import REWARD
 from components.normalization.spec import NormalizationSpec
 from components.understanding.page import figure, read_understanding
-from contracts.job import ESTIMATORS, RLTrainingJob
+from contracts.job import ESTIMATORS, REWARD, RLTrainingJob
 
 TITLES = {
     "stepwise_importance_sampling": "Step-wise importance sampling",

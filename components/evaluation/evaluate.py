@@ -13,12 +13,9 @@ from components.evaluation import estimators as cpe
 from components.evaluation.fitted_q import FittedQ
 from components.training.bundle import Bundle, read_bundle
 from components.transitions import Transitions, load_transitions
-from contracts.job import ESTIMATORS, Gate, JobSpec
+from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
-
-REWARD = "reward"
-"""The weighted sum of the metrics, reported beside them under this name unless a metric has it."""
 
 
 def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:

@@ -15,7 +15,7 @@ from components.normalization.spec import NormalizationSpec
 from components.transitions import Transitions, load_transitions
 from components.understanding.dynamics import Expectation, Outcomes, fit, outcomes, squared_errors, without_memory
 from contracts.hashing import unit_interval
-from contracts.job import UNDERSTANDING_CHECKS, JobSpec
+from contracts.job import REWARD, UNDERSTANDING_CHECKS, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, stage
 
@@ -46,11 +46,20 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
 
     state_effect: what follows depends on the state. action_effect: it depends on the action. markov: the step before
     adds nothing to that. Each says pass, fail or inconclusive. Raises `StageError` when a check that the job requires
-    does not pass.
+    does not pass, and for a metric that is to be judged later but that the log does not have.
     """
     with stage("understanding", output) as (directory, facts):
         settings = spec.understanding
-        train, _ = load_transitions(features, spec).split(spec)
+        everything = load_transitions(features, spec)
+        judged = {
+            "evaluation.gate.metric": spec.evaluation.gate.metric,
+            "deploy.canary.metric": spec.deploy.canary.metric,
+        }
+        for field, metric in judged.items():
+            # Asked here, since hours of training would go before either is looked at.
+            if metric != REWARD:
+                everything.metric_index(metric, field)
+        train, _ = everything.split(spec)
         train = sample(train, settings.sample_rows, spec.seed)
         data = outcomes(
             train, NormalizationSpec.read(Path(normalization) / "spec.json"), train.reward(spec.reward.metric_weights)

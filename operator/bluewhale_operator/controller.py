@@ -33,7 +33,16 @@ from bluewhale_operator.outcome import (
     set_condition,
     timestamp,
 )
-from bluewhale_operator.pods import has_ended, is_executor, last_lines, record_of, stage_of
+from bluewhale_operator.pods import (
+    cannot_be_pulled,
+    has_ended,
+    is_being_made,
+    is_executor,
+    is_pending,
+    last_lines,
+    record_of,
+    stage_of,
+)
 from bluewhale_operator.queue import WorkQueue
 from bluewhale_operator.schedule import SCHEDULE_LABEL, reconcile_schedule
 from contracts.job import JobError
@@ -169,6 +178,11 @@ class Controller:
             if not has_ended(o)
         ]
         mine = [p for p in pods if run and p["metadata"]["labels"].get(RUN_LABEL, run.id) == run.id]
+        if run and not run.ended:
+            # KFP's own pods, which have no label of the job's: the run stands still when one of them cannot start.
+            known = {p["metadata"]["name"] for p in mine}
+            all_of_run = self.cluster.list("v1", "Pod", namespace, f"{RUN_LABEL}={run.id}")
+            mine += [p for p in all_of_run if is_pending(p) and p["metadata"]["name"] not in known]
         service = job["spec"].get("deploy", {}).get("service") or name
         return training_job.Observed(
             run=run,
@@ -182,7 +196,7 @@ class Controller:
                 and p["status"].get("phase") == "Failed"
                 and (record_of(p) or {}).get("status") != "failed"
             },
-            messages=self._messages(namespace, jobs, run) if run and not run.ended else [],
+            messages=self._messages(namespace, jobs, mine, run) if run and not run.ended else [],
             at_work=at_work,
             service=self.cluster.get(API_VERSION, "PolicyService", namespace, service),
         )
@@ -204,8 +218,8 @@ class Controller:
             self._backend_rests = time.monotonic(), str(problem)
             return None, str(problem)
 
-    def _messages(self, namespace: str, jobs: list[Object], run: PipelineRun) -> list[str]:
-        """Why children could not be made: what Argo's workflow and the training job's events say."""
+    def _messages(self, namespace: str, jobs: list[Object], pods: list[Object], run: PipelineRun) -> list[str]:
+        """Why children could not be made: what Argo's workflow and Events of training jobs and pods say."""
         found = []
         for workflow in self.cluster.list("argoproj.io/v1alpha1", "Workflow", namespace, f"{RUN_LABEL}={run.id}"):
             nodes = (workflow.get("status") or {}).get("nodes") or {}
@@ -215,18 +229,34 @@ class Controller:
         for job in jobs:
             if has_ended(job) or (job.get("status") or {}).get("active"):
                 continue
-            path = f"/api/v1/namespaces/{namespace}/events"
-            query = {"fieldSelector": f"involvedObject.name={job['metadata']['name']},reason=FailedCreate"}
-            found += [e["message"] for e in self.cluster.request("GET", path, query).get("items", [])]
+            found += self._told(job, "FailedCreate")
+        return found + self._told_of_pods(pods)
+
+    def _told_of_pods(self, pods: list[Object]) -> list[str]:
+        """What kubelet says in Events alone of pods that cannot start."""
+        found = []
+        for pod in filter(cannot_be_pulled, pods):
+            found += self._told(pod, "FailedToRetrieveImagePullSecret")
+        for pod in filter(is_being_made, pods):
+            found += [f"pod {pod['metadata']['name']}: {told}" for told in self._told(pod, "FailedMount")]
         return found
+
+    def _told(self, about: Object, reason: str) -> list[str]:
+        """What Events of a reason say of an object."""
+        meta = about["metadata"]
+        query = {"fieldSelector": f"involvedObject.name={meta['name']},reason={reason}"}
+        path = f"/api/v1/namespaces/{meta['namespace']}/events"
+        return [e["message"] for e in self.cluster.request("GET", path, query).get("items", [])]
 
     def _observe_service(self, service: Object) -> policy_service.Observed:
         namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
         selector = f"{SERVICE_LABEL}={name}"
         url = service["spec"].get("monitoring", {}).get("prometheusUrl") or self.prometheus_url
+        pods = self.cluster.list("v1", "Pod", namespace, selector)
         return policy_service.Observed(
             deployments=self.cluster.list("apps/v1", "Deployment", namespace, selector),
-            pods=self.cluster.list("v1", "Pod", namespace, selector),
+            pods=pods,
+            messages=self._told_of_pods(pods),
             ask=(lambda expression: query(url, expression)) if url else None,
             service_monitors=self._has_service_monitors(),
             autoscaled=self.cluster.get("autoscaling/v2", "HorizontalPodAutoscaler", namespace, name) is not None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bluewhale_operator.outcome import Object
@@ -14,6 +14,7 @@ STAGE_LABEL = "bluewhale.io/stage"
 ROLE_LABEL = "bluewhale.io/role"
 """`worker` of a training job, or Spark's `executor`."""
 PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+PULL_SECRETS_MISSING = "Unable to retrieve some image pull secrets"
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError")
 
 
@@ -89,11 +90,35 @@ def started_at(pod: Object) -> str | None:
     return start
 
 
+def is_owned_by(pod: Object, name: str | None) -> bool:
+    return any(owner["name"] == name for owner in pod["metadata"].get("ownerReferences") or [])
+
+
+def is_pending(pod: Object) -> bool:
+    return bool(pod.get("status", {}).get("phase") == "Pending")
+
+
+def is_being_made(pod: Object) -> bool:
+    """Whether its containers wait for their volumes, or merely for their turn: kubelet tells which in Events alone."""
+    status = pod.get("status", {})
+    states = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    waiting = [(s.get("state") or {}).get("waiting") or {} for s in states]
+    return is_pending(pod) and any(w.get("reason") in ("ContainerCreating", "PodInitializing") for w in waiting)
+
+
+def cannot_be_pulled(pod: Object) -> bool:
+    """Whether an image is missing, and secrets are named to pull it with."""
+    stall = _pod_stall(pod)
+    return bool(stall and stall.reason == Reason.IMAGE_PULL_FAILED and pod.get("spec", {}).get("imagePullSecrets"))
+
+
 def find_stall(pods: list[Object], messages: list[str]) -> Stall | None:
     """The first reason why any pod cannot start, or could not even be made."""
     for pod in pods:
         if stall := _pod_stall(pod):
-            return stall
+            # Kubelet tells of a pull secret that is not there in an Event alone, and tries without.
+            secrets = [m for m in messages if stall.reason == Reason.IMAGE_PULL_FAILED and PULL_SECRETS_MISSING in m]
+            return replace(stall, message="; ".join([stall.message, *secrets[:1]]))
     for message in messages:
         if "exceeded quota" in message:
             return Stall(Reason.QUOTA_EXCEEDED, f"{message}; raise the quota or ask for less", False)

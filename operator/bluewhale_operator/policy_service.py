@@ -54,6 +54,8 @@ class Observed:
 
     deployments: list[Object] = field(default_factory=list)
     pods: list[Object] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    """What Events say of pods that cannot start."""
     ask: Ask | None = None
     """Asks Prometheus; None where no Prometheus is named."""
     service_monitors: bool = False
@@ -117,7 +119,7 @@ class _Step:
     def _stalled(self) -> None:
         conditions = [c for d in self.observed.deployments for c in d.get("status", {}).get("conditions") or []]
         messages = [c.get("message", "") for c in conditions if c["type"] == "ReplicaFailure" and c["status"] == "True"]
-        if stall := find_stall(self.observed.pods, messages):
+        if stall := find_stall(self.observed.pods, messages + self.observed.messages):
             if self._condition("Stalled", True, stall.reason, stall.message):
                 self._event(EventReason.STALLED, stall.message, warning=True)
         elif get_condition(self.status.conditions, "Stalled"):

@@ -33,6 +33,8 @@ from bluewhale_operator.pods import (
     ROLE_LABEL,
     Stall,
     find_stall,
+    is_executor,
+    is_owned_by,
     last_words,
     record_of,
     stage_of,
@@ -323,7 +325,8 @@ class _Step:
         if left > 0:
             return False
         self._end_run()
-        self._fail(Reason.DEADLINE_EXCEEDED, f"at work for more than spec.activeDeadlineSeconds ({limit} s)")
+        text, stalled = f"at work for more than spec.activeDeadlineSeconds ({limit} s)", self._stalled_by()
+        self._fail(Reason.DEADLINE_EXCEEDED, f"{text}; at last {stalled}" if stalled else text)
         return True
 
     def _rolling_out(self) -> bool:
@@ -349,6 +352,9 @@ class _Step:
                 self._fail(Reason.ABORTED, "the pipeline run was ended in Kubeflow Pipelines")
                 return
             why = stage.message or run.error or "no reason was given; see the stage's log"
+            executors = [p for p in self.observed.pods if is_executor(p) and is_owned_by(p, stage.pod)]
+            if words := next(filter(None, map(last_words, reversed(executors))), ""):
+                why = f"{words[:1024]}; {why}"  # what Spark's driver says of executors that are lost tells little
             useless = record.get("status") == "failed" and not record.get("retryable", True)
             self._attempt_failed(why, stage, retryable=not useless)
 
@@ -455,6 +461,10 @@ class _Step:
         elif get_condition(self.status.conditions, "Stalled"):
             self._condition("Stalled", False, Reason.MOVING, "")
 
+    def _stalled_by(self) -> str:
+        condition = get_condition(self.status.conditions, "Stalled")
+        return condition.message if condition and condition.status == "True" else ""
+
     def _stalled_for(self) -> float:
         condition = get_condition(self.status.conditions, "Stalled")
         return (self.now - parse_time(condition.last_transition_time)).total_seconds() if condition else 0.0
@@ -540,6 +550,12 @@ class _Step:
         self._event(EventReason.JOB_COMPLETED, message)
 
     def _fail(self, reason: Reason, message: str) -> None:
+        self._stalled(None)
+        for stage in self.status.stages:
+            if stage.state == "Running":
+                # Its run is ended with the job, and nobody looks at it again.
+                stage.state, stage.completion_time = "Failed", timestamp(self.now)
+                stage.message = message[:4096]
         self._end("Failed", reason, message)
         self._event(EventReason.JOB_FAILED, message, warning=True)
 

@@ -232,3 +232,18 @@ def test_a_required_check_that_does_not_pass_stops_the_job(stages: Path, tmp_pat
         understand(spec, stages / "features", stages / "normalization", tmp_path / "out")
     assert not (tmp_path / "out" / RECORD).exists()
     assert read_understanding(tmp_path / "out")["checks"]["action_effect"]["verdict"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"evaluation": {"gate": {"metric": "sales"}}}, "evaluation.gate.metric"),
+        ({"deploy": {"canary": {"metric": "sales"}}}, "deploy.canary.metric"),
+    ],
+)
+def test_a_metric_that_will_be_judged_but_was_never_logged_is_refused_before_training(
+    stages: Path, tmp_path: Path, section: dict[str, Any], field: str
+) -> None:
+    spec = JobSpec.model_validate({"actions": SPEC.actions, **section})
+    with pytest.raises(StageError, match=f"{field}: no metric 'sales' in the log; there are reward"):
+        understand(spec, stages / "features", stages / "normalization", tmp_path / "out")

@@ -133,6 +133,26 @@ def test_a_job_lives_from_apply_to_adoption(world: Servers) -> None:
     assert world.events()[-1] == "JobCompleted"
 
 
+@pytest.mark.parametrize("label", ["bluewhale.io/job", "pipeline/runid"])
+def test_what_kubelet_tells_of_a_pod_in_events_alone_reaches_the_condition(world: Servers, label: str) -> None:
+    """A volume that cannot be mounted; in a stage's pod, or in one of the backend's own."""
+    world.put(make_job())
+    clock = Clock()
+    controller = make_controller(world, clock)
+    for _ in range(4):
+        controller.look(SHOP)
+    pod = waiting_pod("timeline", "ContainerCreating")
+    pod["metadata"]["labels"] = {label: {"bluewhale.io/job": "shop"}.get(label) or world.job()["status"]["run"]["id"]}
+    world.put(pod)
+    told = 'MountVolume.SetUp failed for volume "key": secret "key" not found'
+    meta = {"name": "told", "namespace": "team"}
+    world.put({"apiVersion": "v1", "kind": "Event", "metadata": meta, "reason": "FailedMount", "message": told})
+    controller.look(SHOP)
+    [stalled] = [c for c in world.job()["status"]["conditions"] if c["type"] == "Stalled"]
+    assert (stalled["status"], stalled["reason"]) == ("True", "MissingDependency")
+    assert 'secret "key" not found' in stalled["message"]
+
+
 def test_the_operator_may_die_after_any_write(world: Servers) -> None:
     """Killed after the k-th write for every k, and started again: the same end, and nothing done twice."""
     clock = Clock()

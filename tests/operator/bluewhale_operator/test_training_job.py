@@ -336,6 +336,16 @@ def test_a_run_that_was_ended_by_hand_ends_the_job() -> None:
             unschedulable_pod("timeline", 'persistentvolumeclaim "bluewhale" not found'),
             [], "MissingDependency", "persistentvolumeclaim",
         ),
+        (
+            waiting_pod("timeline", "ErrImagePull", "unauthorized"),
+            ["Unable to retrieve some image pull secrets (registry); attempting to pull the image may not succeed."],
+            "ImagePullFailed", "pull secrets (registry)",
+        ),
+        (
+            waiting_pod("timeline", "ContainerCreating"),
+            ['pod p: MountVolume.SetUp failed for volume "key": secret "key" not found'],
+            "MissingDependency", 'secret "key" not found',
+        ),
         (None, ["pods is forbidden: exceeded quota: small"], "QuotaExceeded", "exceeded quota"),
         (None, ['serviceaccount "bluewhale-pipeline" not found'], "MissingDependency", "serviceaccount"),
     ],
@@ -380,6 +390,34 @@ def test_the_deadline_ends_the_run() -> None:
     outcome = life.look(101, run=life.run(1))
     assert outcome.terminate == "r1"
     assert condition(outcome, "Failed") == ("True", "DeadlineExceeded")
+
+
+def test_a_job_that_fails_says_what_held_it_and_leaves_nothing_at_work() -> None:
+    life = Life(make_job(activeDeadlineSeconds=100))
+    life.begin()
+    pods = [unschedulable_pod("features", "Insufficient cpu")]
+    life.look(50, run=life.run(1), pods=pods)
+    outcome = life.look(101, run=life.run(1), pods=pods)
+    assert "Insufficient cpu" in get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
+    assert condition(outcome, "Stalled") == ("False", "Moving")
+    assert (life.stage("features")["state"], life.stage("training")["state"]) == ("Failed", "Pending")
+    assert life.stage("features")["completionTime"] == timestamp(later(101))
+
+
+@pytest.mark.parametrize(("owner", "told"), [("shop-timeline-x1", True), ("shop-timeline-x0", False)])
+def test_a_stage_whose_executors_died_says_how(owner: str, told: bool) -> None:
+    life = Life(make_job(backoffLimit=0))
+    life.begin()
+    executor = stage_pod("timeline", phase="Failed", name="executor")
+    executor["metadata"] |= {
+        "labels": {"bluewhale.io/job": "shop", "bluewhale.io/role": "executor"}, "ownerReferences": [{"name": owner}],
+    }  # fmt: skip
+    executor["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    outcome = life.look(
+        20, run=life.run(0, "FAILED", failed="timeline"), pods=[stage_pod("timeline", phase="Failed"), executor]
+    )
+    message = get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
+    assert ("OOMKilled, exit code 137" in message) == told
 
 
 # -- suspension --------------------------------------------------------------------------------------------------------
