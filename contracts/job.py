@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -70,13 +70,57 @@ class Simulation(Model):
     truth_episodes: int = Field(200, ge=2, description="Fresh episodes that measure a policy's true return.")
 
 
+class Columns(Model):
+    """The log's own names of columns, where they are others than ours."""
+
+    mdp_id: str | None = Field(None, description="Column of the MDP's id.")
+    sequence_number: str | None = Field(None, description="Column that orders an MDP's decisions: numbers or times.")
+    event_time: str | None = Field(None, description="Column of the time of the decision.")
+    state_features: str | None = Field(None, description="Column of the state's features, a map of numbers.")
+    action: str | None = Field(None, description="Column of the action taken.")
+    action_probability: str | None = Field(None, description="Column of the action's propensity.")
+    possible_actions: str | None = Field(None, description="Column of the actions that were possible, a list.")
+    metrics: str | None = Field(None, description="Column of the metrics, a map of numbers.")
+    reward: str | None = Field(None, description="Column of a number that is taken as the metric `reward`.")
+    truncated: str | None = Field(None, description="Column that tells whether the MDP was cut off after the step.")
+    policy_version: str | None = Field(None, description="Column of the policy that acted.")
+
+
+class Partition(Model):
+    """The partitions of a log to read, both ends included, compared as text, as dates like 2026-01-31 can be."""
+
+    column: str = Field("ds", min_length=1, description="The column that the log is partitioned by.")
+    first: str = Field(min_length=1, description="The first value to read.")
+    last: str = Field(min_length=1, description="The last value to read.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Partition:
+        if self.first > self.last:
+            raise ValueError(f"first {self.first!r} must not come after last {self.last!r}")
+        return self
+
+
 class Data(Model):
     """The logged decisions, and what of them is used."""
 
     decision_log: str | None = Field(
-        None, description="Path of the decision log (Parquet or JSON lines); left out when a simulation makes it."
+        None,
+        description="Path, glob or object-store URI of the decision log; several are separated by commas. Left out "
+        "when a simulation makes it.",
     )
-    outcomes: str | None = Field(None, description="Path of metrics reported after the decision, joined by its key.")
+    format: Literal["auto", "parquet", "json", "csv", "orc", "table"] = Field(
+        "auto",
+        description="How the log is stored: by its files' suffixes, else Parquet; `json` means JSON lines, `table` a "
+        "name in Spark's catalog.",
+    )
+    columns: Columns = Columns()
+    state_columns: list[str] = Field(
+        [], max_length=4096, description="Columns that are state features each, in place of the map `state_features`."
+    )
+    partition: Partition | None = Field(None, description="Read only these partitions; all when left out.")
+    outcomes: str | None = Field(
+        None, description="Path of metrics reported after the decision, joined by its key; in any of the log's formats."
+    )
     last_step: Literal["terminal", "truncated", "column"] = Field(
         "terminal",
         description="What an MDP's last logged step is: its end, a cut by the log's window, or what the log's own "
@@ -406,6 +450,16 @@ class RLTrainingJob(Model):
         if self.spec.schedule and len(self.metadata.name) > SCHEDULED_NAME_LENGTH:
             raise ValueError(SCHEDULED_NAME_TOO_LONG)
         return self
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths of a log: several are separated by commas."""
+    return [path for path in (part.strip() for part in text.split(",")) if path]
+
+
+def place_paths(text: str, root: str | PurePath) -> str:
+    """The same paths, relative ones below `root`; URIs stay as they are."""
+    return ",".join(path if "://" in path else str(PurePath(root) / path) for path in split_paths(text))
 
 
 def load_job(path: str | Path) -> RLTrainingJob:

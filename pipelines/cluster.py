@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict  # type: ignore[import-untyped]
@@ -14,7 +14,7 @@ from kfp import compiler, dsl, kubernetes
 from kubernetes.utils.quantity import parse_quantity
 
 from components.image import SPARK_IMAGE, TRAINING_IMAGE
-from contracts.job import JobError, JobSpec, Resources, RLTrainingJob
+from contracts.job import JobError, JobSpec, Resources, RLTrainingJob, place_paths
 from contracts.stage import code_version
 from pipelines.pipeline import build_pipeline, parameters
 
@@ -170,8 +170,10 @@ def _arguments(cluster: Cluster, warm_start: str = "") -> dict[str, str]:
     spec, annotations = cluster.job.spec, cluster.job.metadata.annotations
     data = spec.data.model_copy(
         update={
-            "decision_log": _on_volume(spec, spec.data.decision_log),
-            "outcomes": _on_volume(spec, spec.data.outcomes),
+            # A relative path is one on the shared volume.
+            name: place_paths(text, spec.storage.mount_path)
+            for name, text in (("decision_log", spec.data.decision_log), ("outcomes", spec.data.outcomes))
+            if text and not (name == "decision_log" and spec.data.format == "table")
         }
     )
     spec = spec.model_copy(update={"data": data})
@@ -180,11 +182,6 @@ def _arguments(cluster: Cluster, warm_start: str = "") -> dict[str, str]:
     known = (data.decision_log, data.outcomes, annotations.get(DATA_VERSION), annotations.get(SCHEDULED_AT))
     version = f"{code_version()}-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]}"
     return parameters(spec, data.decision_log or "", version, cluster, warm_start)
-
-
-def _on_volume(spec: JobSpec, path: str | None) -> str | None:
-    """A relative path is one on the shared volume."""
-    return str(PurePosixPath(spec.storage.mount_path) / path) if path and "://" not in path else path
 
 
 def _image(spec: JobSpec, stage: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts import progress
-from contracts.job import RLTrainingJob
+from contracts.job import RLTrainingJob, place_paths, split_paths
 from contracts.stage import ERROR_FILE_VARIABLE, RECORD, StageError, code_version, digest_files
 from pipelines.display import Display
 from pipelines.pipeline import STAGES, build_pipeline, parameters
@@ -132,13 +133,18 @@ def train_and_evaluate(run: Run, display: Display) -> None:
 
     error_file = run.directory / "error.json"
     error_file.unlink(missing_ok=True)
-    paths = {"decisionLog": run.decision_log, "outcomes": run.job.spec.data.outcomes}
-    data = [Path(path) for path in paths.values() if path]
-    for name, path in paths.items():
-        if path and not Path(path).exists():
-            raise StageError(f"spec.data.{name} {path}: no such file or directory")
+    table = run.job.spec.data.format == "table"
+    decision_log = run.decision_log if table else place_paths(run.decision_log, Path.cwd())
+    data: list[Path] = []
+    for name, text in (("decisionLog", "" if table else decision_log), ("outcomes", run.job.spec.data.outcomes or "")):
+        for path in split_paths(text):
+            # What lies elsewhere stands for itself by its name.
+            found = [] if "://" in path else sorted(map(Path, glob.glob(path)))
+            if not found and "://" not in path:
+                raise StageError(f"spec.data.{name} {path}: no such file or directory")
+            data += found
     version = f"{code_version()}-{digest_files(*data)[:12]}"
-    arguments = parameters(run.job.spec, str(Path(run.decision_log).absolute()), version)
+    arguments = parameters(run.job.spec, decision_log, version)
     temporary = run.directory / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -10,8 +10,8 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from components.spark import spark_session
-from components.timeline.quarantine import CORRUPT, REASON, with_reason
-from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, spark_ddl
+from components.timeline.quarantine import REASON, with_reason
+from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
 from contracts.job import JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, stage
@@ -29,7 +29,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
     """
     with stage("timeline", output) as (directory, facts), spark_session("timeline") as spark:
         report(0, 3, "reading the log")
-        log = read_log(spark, decision_log)
+        log = read_log(spark, decision_log, spec.data)
         if outcomes:
             log, facts["outcomes"] = join_outcomes(spark, log, outcomes)
         checked = with_reason(log, spec.actions).cache()
@@ -59,35 +59,13 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         report(3, 3, f"{facts['mdps']:,} MDPs")
 
 
-def read_log(spark: SparkSession, path: str) -> DataFrame:
-    """The decision log with every column of its schema; a line that does not parse is kept in `_corrupt_record`."""
-    if not _exists(spark, path):
-        raise StageError(f"data.decisionLog {path}: no such file or directory")
-    if _is_json(spark, path):
-        ddl = f"{spark_ddl(SCHEMA)}, {CORRUPT} string"
-        return spark.read.schema(ddl).option("columnNameOfCorruptRecord", CORRUPT).json(path)
-    log = spark.read.parquet(path)
-    for required in ("mdp_id", "sequence_number", "event_time", "state_features", "action"):
-        if required not in log.columns:
-            raise StageError(f"data.decisionLog {path}: column {required} is missing; found {', '.join(log.columns)}")
-    typed = spark.createDataFrame([], spark_ddl(SCHEMA)).schema
-    columns = [(F.col(f.name) if f.name in log.columns else F.lit(None)).cast(f.dataType).alias(f.name) for f in typed]
-    return log.select(*columns, F.lit(None).cast("string").alias(CORRUPT))
-
-
 def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> tuple[DataFrame, dict[str, int]]:
     """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
 
     Of a metric reported twice the later report counts. Also returns how many reports there were, and how many of them
     could not be parsed or match no decision.
     """
-    if not _exists(spark, path):
-        raise StageError(f"data.outcomes {path}: no such file or directory")
-    if _is_json(spark, path):
-        reader = spark.read.schema(f"{spark_ddl(OUTCOMES_SCHEMA)}, {CORRUPT} string")
-        outcomes = reader.option("columnNameOfCorruptRecord", CORRUPT).json(path).cache()
-    else:
-        outcomes = spark.read.schema(spark_ddl(OUTCOMES_SCHEMA)).parquet(path).withColumn(CORRUPT, F.lit(None))
+    outcomes = read_outcomes(spark, path).cache()
     readable = outcomes.where(F.col(CORRUPT).isNull())
     keys = log.select("mdp_id", "sequence_number").distinct()
     reports = outcomes.count()
@@ -176,7 +154,7 @@ def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
         returns += [F.lit(name), total]
     followed = followed.withColumn("returns", F.create_map(*returns).cast("map<string,double>"))
     return (
-        followed.drop("before_hole", "ended", REASON, CORRUPT)
+        followed.drop("before_hole", "ended", REASON, CORRUPT, UNREADABLE)
         .repartition("mdp_id")
         .sortWithinPartitions("mdp_id", "ordinal")
     )
@@ -209,21 +187,3 @@ def _too_many(rejected: DataFrame, facts: dict[str, Any], spec: JobSpec, path: s
         f"data.maxQuarantineFraction {spec.data.max_quarantine_fraction} allows:\n{table}\n"
         "Mend the log, or raise the limit if these rows may be lost."
     )
-
-
-def _exists(spark: SparkSession, path: str) -> bool:
-    return bool(_glob(spark, path))
-
-
-def _glob(spark: SparkSession, path: str) -> Any:
-    jvm_path = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-    return jvm_path.getFileSystem(spark._jsc.hadoopConfiguration()).globStatus(jvm_path)
-
-
-def _is_json(spark: SparkSession, path: str) -> bool:
-    suffixes = (".json", ".jsonl")
-    if path.endswith(suffixes):
-        return True
-    jvm_path = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-    files = jvm_path.getFileSystem(spark._jsc.hadoopConfiguration()).listStatus(jvm_path)
-    return any(f.getPath().getName().endswith(suffixes) for f in files)

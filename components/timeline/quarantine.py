@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-CORRUPT = "_corrupt_record"
+from components.timeline.read import CORRUPT, UNREADABLE
+
 REASON = "quarantine_reason"
 SMALLEST_PROBABILITY = 1e-30
 """A smaller one would make importance weights overflow."""
@@ -19,7 +20,7 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
     possible = F.coalesce(F.col("possible_actions"), F.array(*[F.lit(a) for a in actions]))
     known = F.array(*[F.lit(a) for a in actions])
     checks: list[tuple[str, Column]] = [
-        ("unparsable", F.col(CORRUPT).isNotNull()),
+        ("unparsable", F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull()),
         ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),
         ("missing_sequence_number", F.col("sequence_number").isNull()),
         ("missing_event_time", F.col("event_time").isNull()),
@@ -31,7 +32,8 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
         ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),
         ("non_finite_metric", F.exists(F.map_values("metrics"), _not_finite)),
     ]
-    reason = F.coalesce(*[F.when(check, F.lit(name)) for name, check in checks])
+    first, *others = (F.when(check, F.lit(name)) for name, check in checks)
+    reason = F.coalesce(first, F.concat(F.lit("unreadable_"), UNREADABLE), *others)
     same_step = Window.partitionBy("mdp_id", "sequence_number").orderBy(
         F.col(REASON).isNotNull(), "event_time", F.xxhash64("action", "action_probability")
     )

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.spark import spark_session
-from components.timeline.build import add_what_followed, join_outcomes, read_log
+from components.timeline.build import add_what_followed, join_outcomes
 from components.timeline.quarantine import REASON, with_reason
+from components.timeline.read import read_log
 from contracts.decision_log import SCHEMA
 from contracts.job import JobSpec
 from contracts.stage import StageError
@@ -232,14 +233,3 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     ]
     assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
-
-
-def test_a_log_without_a_needed_column_is_refused_by_name(spark, tmp_path):
-    pq.write_table(pa.table({"mdp_id": ["a"], "sequence_number": [1]}), tmp_path / "log.parquet")
-    with pytest.raises(StageError, match="column event_time is missing; found mdp_id, sequence_number"):
-        read_log(spark, str(tmp_path / "log.parquet"))
-
-
-def test_a_missing_log_is_refused_by_its_path(spark, tmp_path):
-    with pytest.raises(StageError, match=r"data.decisionLog .*nowhere: no such file"):
-        read_log(spark, str(tmp_path / "nowhere"))

@@ -1,0 +1,262 @@
+"""The decision log as it lies, in any of its forms, to one table with the contract's columns and types.
+
+Nothing is lost on the way: what cannot be read as its column's type leaves a note in `_unreadable` and the row, as it
+was, in `_corrupt_record`, for the quarantine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+from py4j.protocol import Py4JJavaError
+from pydantic.alias_generators import to_camel
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, spark_ddl
+from contracts.job import Data, split_paths
+from contracts.stage import StageError
+
+CORRUPT = "_corrupt_record"
+UNREADABLE = "_unreadable"
+"""Name of the first column of a row that is not of its type; null in a row that can be read."""
+REWARD = "reward"
+REQUIRED = ("mdp_id", "sequence_number", "action")
+SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
+_STRINGS = T.MapType(T.StringType(), T.StringType())
+
+
+def read_log(spark: SparkSession, path: str, data: Data | None = None) -> DataFrame:
+    """The decision log at `path` (several, separated by commas) with the contract's columns and those two notes.
+
+    JSON lines, CSV (maps and arrays as JSON in a cell), Parquet, ORC and tables are read; `data` gives the format where
+    suffixes do not tell it, the names of the columns where they are others, and the partitions to read. A sequence
+    number may be a number or a time (microseconds then); a log without event times is given some from its partition
+    and sequence numbers, since only their order is needed. A bare `reward` column is taken as the metric `reward`.
+    Raises `StageError` for a path that is not there, a column that is missing, and files that cannot be read together.
+    """
+    data = data or Data()
+    raw = _load(spark, path, data, "data.decisionLog")
+    if data.partition:
+        name = data.partition.column
+        if name not in raw.columns:
+            raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(raw)}")
+        raw = raw.where(F.col(name).cast("string").between(data.partition.first, data.partition.last))
+    names = _names(data)
+    for ours, theirs in names.items():
+        given_name = getattr(data.columns, ours)
+        if theirs not in raw.columns and (ours in REQUIRED or given_name):
+            given = f" (data.columns.{to_camel(ours)})" if given_name else ""
+            raise StageError(f"data.decisionLog {path}: column {theirs}{given} is missing; found {_found(raw)}")
+    if missing := [name for name in data.state_columns if name not in raw.columns]:
+        raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(raw)}")
+    known = {ours: theirs for ours, theirs in names.items() if theirs in raw.columns}
+    if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
+        del known["event_time"]
+    return _conform(raw, known, spark_schema(SCHEMA), data)
+
+
+def read_outcomes(spark: SparkSession, path: str) -> DataFrame:
+    """The outcomes at `path`, in any of the log's formats, with their contract's columns and the same two notes."""
+    raw = _load(spark, path, Data(), "data.outcomes")
+    for required in ("mdp_id", "sequence_number"):
+        if required not in raw.columns:
+            raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(raw)}")
+    known = {name: name for name in (*OUTCOMES_SCHEMA.names, REWARD) if name in raw.columns}
+    return _conform(raw, known, spark_schema(OUTCOMES_SCHEMA), Data())
+
+
+def _names(data: Data) -> dict[str, str]:
+    """The log's names of the contract's columns."""
+    return {name: getattr(data.columns, name) or name for name in (*SCHEMA.names, REWARD)}
+
+
+def spark_schema(schema: pa.Schema) -> T.StructType:
+    kinds = T.StructType.fromDDL(spark_ddl(schema))
+    assert isinstance(kinds, T.StructType)
+    return kinds
+
+
+def _found(frame: DataFrame) -> str:
+    return ", ".join(name for name in frame.columns if name != CORRUPT) or "no column at all"
+
+
+def _load(spark: SparkSession, text: str, data: Data, field: str) -> DataFrame:
+    """The rows as they lie."""
+    paths = split_paths(text)
+    form: str = data.format
+    if form == "table":
+        frames = []
+        for name in paths:
+            if not spark.catalog.tableExists(name):
+                raise StageError(f"{field} {name}: no such table in Spark's catalog")
+            frames.append(spark.table(name))
+        whole = frames[0]
+        for frame in frames[1:]:
+            whole = whole.unionByName(frame, allowMissingColumns=True)
+        return whole
+    for path in paths:
+        if not _statuses(spark, path):
+            raise StageError(f"{field} {path}: no such file or directory")
+    form = _form(spark, paths) if form == "auto" else form
+    reader = spark.read
+    try:
+        if form == "json":
+            # Everything by its text: a number where a string belongs, or the other way round, loses nothing.
+            return reader.schema(_json_schema(data)).option("columnNameOfCorruptRecord", CORRUPT).json(paths)
+        if form == "csv":
+            return reader.options(header=True, escape='"', multiLine=True).csv(paths)
+        return reader.option("mergeSchema", True).format(form).load(paths)
+    except (PySparkException, Py4JJavaError) as error:
+        said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
+        raise StageError(
+            f"{field} {text}: the files cannot be read together as {form}; where a column's type differs between "
+            f"files, write them anew with one: {' '.join(said.split())[:600]}"
+        ) from None
+
+
+def _json_schema(data: Data) -> T.StructType:
+    """Every column by its text: a number where a string belongs, or the other way round, is still told apart later."""
+    kinds = {field.name: field.dataType for schema in (SCHEMA, OUTCOMES_SCHEMA) for field in spark_schema(schema)}
+    texts = {T.MapType: _STRINGS, T.ArrayType: T.ArrayType(T.StringType())}
+    names = {name: name for name in kinds} | _names(data)
+    columns = {names[name]: texts.get(type(kind), T.StringType()) for name, kind in kinds.items()}
+    more = [names[REWARD], "ds", *data.state_columns]
+    if data.partition:
+        more.append(data.partition.column)
+    columns |= {name: T.StringType() for name in more}
+    return T.StructType([T.StructField(name, kind) for name, kind in (columns | {CORRUPT: T.StringType()}).items()])
+
+
+def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: Data) -> DataFrame:
+    """Every wanted column in its type, from the columns of `raw` by our names in `known`."""
+    types = {field.name: field.dataType for field in raw.schema.fields}
+    unreadable: list[Column] = []
+
+    def read(ours: str, kind: T.DataType, column: str) -> Column:
+        value, bad = _typed(F.col(f"`{column}`"), types[column], kind)
+        if bad is not None:
+            unreadable.append(F.when(bad, F.lit(ours)))
+        return value
+
+    columns = {
+        field.name: read(field.name, field.dataType, known[field.name])
+        if field.name in known
+        else F.lit(None).cast(field.dataType)
+        for field in wanted
+    }
+    if data.state_columns:
+        parts = [F.struct(F.lit(n).alias("k"), read(n, T.DoubleType(), n).alias("v")) for n in data.state_columns]
+        columns["state_features"] = F.map_from_entries(F.array(*parts))
+    if REWARD in known:
+        columns["metrics"] = _with_reward(columns["metrics"], read(REWARD, T.DoubleType(), known[REWARD]))
+    if "event_time" in columns and "event_time" not in known and "action" in columns:
+        columns["event_time"] = _made_time(columns["sequence_number"], raw, data)
+    as_it_was = F.to_json(F.struct(*[F.col(f"`{name}`") for name in raw.columns if name != CORRUPT]))
+    torn = F.col(CORRUPT) if CORRUPT in raw.columns else F.lit(None).cast("string")
+    first = F.coalesce(*unreadable) if unreadable else F.lit(None).cast("string")
+    return raw.select(
+        *[column.alias(name) for name, column in columns.items()],
+        F.when(first.isNotNull(), F.coalesce(torn, as_it_was)).otherwise(torn).alias(CORRUPT),
+        F.when(torn.isNull(), first).alias(UNREADABLE),
+    )
+
+
+def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, Column | None]:
+    """A column in its wanted type, null where it cannot be; and where that is so, if it can happen at all."""
+    if given == wanted:
+        return raw, None
+    if isinstance(wanted, T.LongType):
+        value = _ordinal(raw, given)
+    elif isinstance(wanted, T.MapType):
+        return _number_map(raw, given)
+    elif isinstance(wanted, T.ArrayType):
+        value = F.from_json(raw, "array<string>") if isinstance(given, T.StringType) else raw.try_cast("array<string>")
+    elif isinstance(wanted, T.TimestampType) and isinstance(given, T.NumericType):
+        value = raw.cast("double").cast("timestamp")  # seconds since 1970
+    else:
+        value = raw.try_cast(wanted)
+    return value, raw.isNotNull() & value.isNull()
+
+
+def _ordinal(raw: Column, given: T.DataType) -> Column:
+    """A place in an order as a whole number: a number's own, a time's microseconds since 1970."""
+    if isinstance(given, (T.TimestampType, T.TimestampNTZType, T.DateType)):
+        return F.unix_micros(raw.cast("timestamp"))
+    if isinstance(given, T.StringType):
+        number = F.coalesce(raw.try_cast("bigint"), _whole(raw.try_cast("double")))
+        return F.coalesce(number, F.unix_micros(raw.try_cast("timestamp")))
+    if isinstance(given, (T.DoubleType, T.FloatType, T.DecimalType)):
+        return _whole(raw.cast("double"))
+    return raw.try_cast("bigint")
+
+
+def _whole(number: Column) -> Column:
+    return F.when(number == F.floor(number), number.try_cast("bigint"))
+
+
+def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
+    """A map of numbers by name; a null value is an absent one."""
+    texts = raw
+    if isinstance(given, T.StringType):
+        texts = F.from_json(raw, _STRINGS)
+    elif isinstance(given, T.StructType):
+        texts = F.from_json(F.to_json(raw), _STRINGS)
+    elif not isinstance(given, T.MapType):
+        return F.lit(None).cast("map<string,double>"), raw.isNotNull()
+    present = F.map_filter(texts, lambda _, v: v.isNotNull())
+    numbers = F.transform_values(present, lambda _, v: v.try_cast("double"))
+    bad = F.exists(F.map_values(numbers), lambda v: v.isNull())
+    named = F.transform_keys(numbers, lambda k, _: k.cast("string"))
+    return named, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
+
+
+def _with_reward(metrics: Column, reward: Column) -> Column:
+    """The metrics with a bare reward among them, unless they name one themselves."""
+    known = F.coalesce(metrics, F.create_map().cast("map<string,double>"))
+    added = F.map_concat(known, F.create_map(F.lit(REWARD), reward))
+    return F.when(reward.isNull() | F.map_contains_key(known, REWARD), metrics).otherwise(added)
+
+
+def _made_time(order: Column, raw: DataFrame, data: Data) -> Column:
+    """Times in the order of a log that has none: the partition's day, and a microsecond for each step."""
+    day = data.partition.column if data.partition else "ds"
+    micros = F.timestamp_micros(order)
+    if day not in raw.columns:
+        return micros
+    started = F.unix_micros(F.col(day).cast("string").try_cast("timestamp"))
+    return F.coalesce(F.timestamp_micros(started + order), micros)
+
+
+def _statuses(spark: SparkSession, path: str) -> list[Any]:
+    jvm_path = spark._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
+    found = jvm_path.getFileSystem(spark._jsc.hadoopConfiguration()).globStatus(jvm_path)
+    return list(found or [])
+
+
+def _form(spark: SparkSession, paths: list[str]) -> str:
+    """The format that file names tell, one directory down if need be; Parquet when they tell nothing."""
+    for path in paths:
+        for status in _statuses(spark, path):
+            names = [status.getPath().getName()]
+            if status.isDirectory():
+                names += _names_below(spark, status)
+            for name in names:
+                stem = name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".zst")
+                if form := next((form for suffix, form in SUFFIXES.items() if stem.endswith(suffix)), None):
+                    return form
+    return "parquet"
+
+
+def _names_below(spark: SparkSession, directory: Any, depth: int = 3) -> list[str]:
+    path = directory.getPath()
+    names = []
+    for status in path.getFileSystem(spark._jsc.hadoopConfiguration()).listStatus(path):
+        if not status.isDirectory():
+            names.append(status.getPath().getName())
+        elif depth and not names:
+            names += _names_below(spark, status, depth - 1)
+    return names

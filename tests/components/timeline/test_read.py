@@ -1,0 +1,230 @@
+"""Every form that a decision log comes in, read to one table; on a real Spark."""
+
+from __future__ import annotations
+
+import csv
+import json
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.orc as orc
+import pyarrow.parquet as pq
+import pytest
+
+from components.spark import spark_session
+from components.timeline.quarantine import REASON, with_reason
+from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
+from contracts.job import Data
+from contracts.stage import StageError
+
+ROW: dict[str, Any] = {
+    "mdp_id": "7",
+    "sequence_number": 3,
+    "event_time": "2026-01-01T12:00:00Z",
+    "state_features": {"x": 1.5, "y": -2.0},
+    "action": "left",
+    "action_probability": 0.25,
+    "possible_actions": ["left", "right"],
+    "metrics": {"clicks": 2.0},
+}
+READ = ROW | {"event_time": datetime(2026, 1, 1, 12)}
+
+
+@pytest.fixture(scope="module")
+def spark():
+    with spark_session("test") as session:
+        yield session
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(spark, path: str, **data: Any) -> list[dict[str, Any]]:
+    rows = read_log(spark, path, Data.model_validate(data)).orderBy("mdp_id", "sequence_number").collect()
+    return [row.asDict(recursive=True) for row in rows]
+
+
+def contract(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in READ}
+
+
+class TestTheForms:
+    def test_json_lines(self, spark, tmp_path):
+        [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW))
+        assert contract(row) == READ
+        assert row[CORRUPT] is None is row[UNREADABLE]
+
+    def test_csv_with_maps_as_json(self, spark, tmp_path):
+        with (tmp_path / "log.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(ROW)
+            writer.writerow([json.dumps(v) if isinstance(v, (dict, list)) else v for v in ROW.values()])
+        [row] = read(spark, str(tmp_path / "log.csv"))
+        assert contract(row) == READ
+
+    @pytest.mark.parametrize("form", ["parquet", "orc"])
+    def test_columnar_files_with_types_of_their_own(self, spark, tmp_path, form):
+        table = pa.table(
+            {
+                "mdp_id": pa.array([7], pa.int64()),
+                "sequence_number": pa.array([3], pa.int32()),
+                "event_time": pa.array([datetime(2026, 1, 1, 12)], pa.timestamp("us")),
+                "state_features": pa.array([[("x", 1.5), ("y", -2.0)]], pa.map_(pa.string(), pa.float32())),
+                "action": ["left"],
+                "action_probability": pa.array([0.25], pa.float32()),
+                "possible_actions": [["left", "right"]],
+                "metrics": [{"clicks": 2}],
+            }
+        )
+        path = tmp_path / f"log.{form}"
+        pq.write_table(table, path) if form == "parquet" else orc.write_table(table, path)
+        assert [contract(row) for row in read(spark, str(path))] == [READ]
+
+    def test_a_table_by_its_name(self, spark, tmp_path):
+        read_log(spark, jsonl(tmp_path / "log.jsonl", ROW)).drop(CORRUPT, UNREADABLE).createOrReplaceTempView("decided")
+        assert [contract(row) for row in read(spark, "decided", format="table")] == [READ]
+        with pytest.raises(StageError, match=r"data\.decisionLog nowhere: no such table"):
+            read(spark, "nowhere", format="table")
+
+    def test_what_the_suffix_does_not_tell_the_job_does(self, spark, tmp_path):
+        path = jsonl(tmp_path / "log.txt", ROW)
+        assert [contract(row) for row in read(spark, path, format="json")] == [READ]
+
+    def test_several_paths_and_globs(self, spark, tmp_path):
+        paths = [jsonl(tmp_path / f"{day}.jsonl", ROW | {"mdp_id": day}) for day in "abc"]
+        assert [row["mdp_id"] for row in read(spark, ",".join(paths[:2]))] == ["a", "b"]
+        assert [row["mdp_id"] for row in read(spark, f"{tmp_path}/[bc].jsonl")] == ["b", "c"]
+
+    def test_a_missing_one_of_several_is_named(self, spark, tmp_path):
+        path = jsonl(tmp_path / "log.jsonl", ROW)
+        with pytest.raises(StageError, match=r"data\.decisionLog .*nowhere: no such file"):
+            read(spark, f"{path},{tmp_path}/nowhere")
+
+    def test_reagent_s_rows_as_they_are(self, spark, tmp_path):
+        rows = [
+            {
+                "ds": "2019-01-01", "mdp_id": "0", "sequence_number": n, "state_features": {"0": 0.1 * n, "1": -1.0},
+                "action": "1", "reward": 1.0, "action_probability": 0.98, "possible_actions": ["0", "1"],
+                "metrics": {"reward": 1.0} if n else {},
+            }
+            for n in (0, 1)
+        ]  # fmt: skip
+        first, second = read(spark, jsonl(tmp_path / "cartpole.json", *rows))
+        assert first["metrics"] == second["metrics"] == {"reward": 1.0}
+        assert second["state_features"] == {"0": 0.1, "1": -1.0}
+        assert datetime(2019, 1, 1) <= first["event_time"] < second["event_time"] < datetime(2019, 1, 2)
+
+
+class TestTheColumns:
+    def test_have_the_names_that_the_job_gives_them(self, spark, tmp_path):
+        row = {"user": "u", "at": 1, "chosen": "left", "gain": 2.0, "age": 30, "city": None}
+        columns = {"mdpId": "user", "sequenceNumber": "at", "action": "chosen", "reward": "gain"}
+        path = jsonl(tmp_path / "log.jsonl", row)
+        [found] = read(spark, path, columns=columns, stateColumns=["age", "city"])
+        assert (found["mdp_id"], found["sequence_number"], found["action"]) == ("u", 1, "left")
+        assert found["metrics"] == {"reward": 2.0}
+        assert found["state_features"] == {"age": 30.0, "city": None}
+
+    def test_that_a_log_lacks_are_named(self, spark, tmp_path):
+        pq.write_table(pa.table({"mdp_id": ["a"], "action": ["left"]}), tmp_path / "log.parquet")
+        with pytest.raises(StageError, match="column sequence_number is missing; found mdp_id, action"):
+            read(spark, str(tmp_path / "log.parquet"))
+        with pytest.raises(StageError, match=r"column when \(data\.columns\.sequenceNumber\) is missing"):
+            read(spark, str(tmp_path / "log.parquet"), columns={"sequenceNumber": "when"})
+        with pytest.raises(StageError, match=r"data\.stateColumns: age is missing"):
+            read(spark, str(tmp_path / "log.parquet"), columns={"sequenceNumber": "action"}, stateColumns=["age"])
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            (pa.array([5, 9], pa.int16()), [5, 9]),
+            (pa.array([5.0, 9.0]), [5, 9]),
+            (pa.array(["5", "9"]), [5, 9]),
+            (pa.array([datetime(1970, 1, 1, 0, 0, 5), datetime(1970, 1, 1, 0, 0, 9)]), [5_000_000, 9_000_000]),
+            (pa.array(["1970-01-01T00:00:05Z", "1970-01-01 00:00:09"]), [5_000_000, 9_000_000]),
+            (pa.array([date(1970, 1, 1), date(1970, 1, 2)]), [0, 86_400_000_000]),
+        ],
+    )
+    def test_a_sequence_number_is_anything_that_orders(self, spark, tmp_path, values, expected):
+        table = pa.table({"mdp_id": ["a", "a"], "sequence_number": values, "action": ["left", "left"]})
+        pq.write_table(table, tmp_path / "log.parquet")
+        assert [row["sequence_number"] for row in read(spark, str(tmp_path / "log.parquet"))] == expected
+
+    def test_a_log_without_times_is_given_some_in_its_order(self, spark, tmp_path):
+        rows = [ROW | {"sequence_number": n} for n in (1, 2)]
+        for row in rows:
+            del row["event_time"]
+        first, second = read(spark, jsonl(tmp_path / "log.jsonl", *rows))
+        assert first["event_time"] < second["event_time"]
+
+    def test_a_metric_of_the_name_reward_counts_for_more_than_the_column(self, spark, tmp_path):
+        [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW | {"reward": 1.0, "metrics": {"reward": 3.0}}))
+        assert row["metrics"] == {"reward": 3.0}
+
+    def test_partitions_are_read_from_the_first_to_the_last(self, spark, tmp_path):
+        for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
+            jsonl(tmp_path / "log" / f"ds={day}" / "part.jsonl", ROW | {"mdp_id": day})
+        window = {"first": "2026-01-02", "last": "2026-01-03"}
+        found = [row["mdp_id"] for row in read(spark, str(tmp_path / "log"), partition=window)]
+        assert found == ["2026-01-02", "2026-01-03"]
+        pq.write_table(pa.table({"mdp_id": ["a"]}), tmp_path / "flat.parquet")
+        with pytest.raises(StageError, match=r"data\.partition\.column day: no such column"):
+            read(spark, str(tmp_path / "flat.parquet"), partition=window | {"column": "day"})
+
+
+class TestWhatCannotBeRead:
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("sequence_number", "soon"),
+            ("sequence_number", 1.5),
+            ("event_time", "yesterday"),
+            ("state_features", {"x": "tall"}),
+            ("action_probability", "likely"),
+            ("metrics", {"clicks": True}),
+            ("reward", "much"),
+            ("truncated", "perhaps"),
+        ],
+    )
+    def test_is_set_aside_whole_and_named(self, spark, tmp_path, column, value):
+        path = jsonl(tmp_path / "log.jsonl", ROW, ROW | {"mdp_id": "bad", column: value})
+        checked = with_reason(read_log(spark, path), ["left", "right"]).collect()
+        reasons = {row["mdp_id"]: row[REASON] for row in checked}
+        assert reasons == {"7": None, "bad": f"unreadable_{column}"}
+        kept = next(json.loads(row[CORRUPT]) for row in checked if row["mdp_id"] == "bad")
+        assert kept["action"] == "left"
+        assert str(value if not isinstance(value, dict) else "").lower() in json.dumps(kept[column]).lower()
+
+    def test_lines_that_are_no_json(self, spark, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text(json.dumps(ROW) + '\n{"mdp_id": "b", "sequ\n[1, 2]\n')
+        reasons = [row[REASON] for row in with_reason(read_log(spark, str(path)), ["left", "right"]).collect()]
+        assert sorted(reasons, key=str) == [None, "unparsable", "unparsable"]
+
+    def test_a_column_whose_type_differs_between_files_stops_the_stage_with_its_name(self, spark, tmp_path):
+        for name, probability in (("a", pa.array([0.5])), ("b", pa.array(["half"]))):
+            row = {"mdp_id": ["a"], "sequence_number": [1], "action": ["left"], "action_probability": probability}
+            pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
+        with pytest.raises(StageError, match=r"cannot be read together as parquet.*action_probability"):
+            read(spark, str(tmp_path))
+
+    def test_a_column_that_only_some_files_have_is_missing_in_the_others(self, spark, tmp_path):
+        for name, more in (("a", {}), ("b", {"action_probability": [0.5]})):
+            row = {"mdp_id": [name], "sequence_number": [1], "action": ["left"], **more}
+            pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
+        assert [row["action_probability"] for row in read(spark, str(tmp_path))] == [None, 0.5]
+
+    def test_outcomes_without_a_key_are_refused(self, spark, tmp_path):
+        pq.write_table(pa.table({"mdp_id": ["a"]}), tmp_path / "outcomes.parquet")
+        with pytest.raises(StageError, match=r"data\.outcomes .*: column sequence_number is missing"):
+            read_outcomes(spark, str(tmp_path / "outcomes.parquet"))
+
+
+def test_times_are_read_in_utc(spark, tmp_path):
+    [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW | {"event_time": "2026-01-01T13:00:00+01:00"}))
+    assert row["event_time"].replace(tzinfo=UTC) == datetime(2026, 1, 1, 12, tzinfo=UTC)
