@@ -121,6 +121,23 @@ class Data(Model):
     outcomes: str | None = Field(
         None, description="Path of metrics reported after the decision, joined by its key; in any of the log's formats."
     )
+    outcome_wait_seconds: int | None = Field(
+        None, ge=0, description="An outcome reported later than this after its decision is not used, but counted."
+    )
+    sample_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of MDPs to use, chosen by the hash of their ids: the same ones every day."
+    )
+    min_length: int = Field(1, ge=1, description="MDPs of fewer decisions are left out, and counted.")
+    max_length: int | None = Field(None, ge=1, description="MDPs of more decisions are left out, and counted.")
+    max_length_percentile: Fraction | None = Field(
+        None, description="The same limit as a share of MDPs: 0.99 leaves out the longest hundredth."
+    )
+    n_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+        [], max_length=16, description="Return over the next n decisions, a column `returns_n` for each."
+    )
+    reward_timeline_steps: int = Field(
+        0, ge=0, le=1000, description="Metrics of this many decisions from each on, in the column `reward_timeline`."
+    )
     last_step: Literal["terminal", "truncated", "column"] = Field(
         "terminal",
         description="What an MDP's last logged step is: its end, a cut by the log's window, or what the log's own "

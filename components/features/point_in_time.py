@@ -43,8 +43,7 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             raise StageError("features: no row of the log has state_features; log them, or name a feature service")
         if clash := _RESERVED.intersection(n.lower() for n in names):
             raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
-        if odd := [n for n in names if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", n)]:
-            raise StageError(f"features: state feature {odd[0]!r}: Feast takes letters, digits and _ only; rename it")
+        fields = {name: field_name(name) for name in names}
         same_instant = transitions.groupBy("mdp_id", "event_time").count().where("count > 1")
         if first := same_instant.first():
             raise StageError(
@@ -54,15 +53,15 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             )
         report(0, 3, f"{len(names)} features")
         source = directory / "source"
-        transitions.select("mdp_id", "event_time", *[F.col("state_features")[n].alias(n) for n in names]).write.parquet(
-            str(source)
-        )
+        values = [F.col("state_features")[name].alias(field) for name, field in fields.items()]
+        transitions.select("mdp_id", "event_time", *values).write.parquet(str(source))
         repository = directory / "repository"
-        store, service = open_feature_store(spec, repository, source, names)
+        store, service = open_feature_store(spec, repository, source, list(fields.values()))
         report(1, 3, "joining point in time")
         keys = transitions.select("mdp_id", "sequence_number", F.col("event_time").alias("event_timestamp"))
         joined: DataFrame = store.get_historical_features(entity_df=keys, features=service).to_spark_df()
-        state = joined.select("mdp_id", "sequence_number", *[F.col(n).cast("double").alias(PREFIX + n) for n in names])
+        values = [F.col(field).cast("double").alias(PREFIX + name) for name, field in fields.items()]
+        state = joined.select("mdp_id", "sequence_number", *values)
         training = transitions.drop("state_features").join(state, ["mdp_id", "sequence_number"], "left")
         training = training.repartition("mdp_id").sortWithinPartitions("mdp_id", "ordinal")
         training.write.parquet(str(directory / "training"))
@@ -78,6 +77,14 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             raise StageError(f"features: {expected} transitions in, {rows} out")
         facts |= {"rows": rows, "features": names, "missing_fraction": {n: round(missing[n], 6) for n in names}}
         report(3, 3, f"{rows:,} rows")
+
+
+def field_name(feature: str) -> str:
+    """Feast's name of a feature; an id that is a number is called `feature_<id>` there. Raises `StageError`."""
+    name = f"feature_{feature}" if feature.isdecimal() else feature
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise StageError(f"features: state feature {feature!r}: Feast takes letters, digits and _ only; rename it")
+    return name
 
 
 def open_feature_store(spec: JobSpec, repository: Path, source: Path, names: list[str]) -> tuple[Any, Any]:

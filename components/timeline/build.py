@@ -2,79 +2,119 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.window import WindowSpec
 
 from components.spark import spark_session
-from components.timeline.quarantine import REASON, with_reason
+from components.timeline.describe import describe
+from components.timeline.page import write_page
+from components.timeline.quarantine import DUPLICATE, REASON, with_reason
 from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
 from contracts.job import JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, stage
 
+LEFT_OUT = "left_out"
+HASHES = 1_000_000
+
 
 def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, output: str | Path) -> None:
-    """Write `transitions/` and `quarantine/` (Parquet) to `output`; every row in lands in exactly one of them.
+    """Write `transitions/` and `quarantine/` (Parquet), `report.json` and `report.html` to `output`.
 
-    Transitions hold the log's columns and, per row: `ordinal` (1-based place in its MDP, rejected rows counted),
+    Every row that is read lands in exactly one of the two, or is counted as left out by the job's own sampling or
+    limits. Transitions hold the log's columns and, per row: `ordinal` (1-based place in its MDP, rejected ones too),
     `time_diff` (to the next decision, in units of sequence_number), `next_action`, `possible_next_actions`, `terminal`
-    (the MDP ended here), `truncated` (the MDP went on, but what followed is not in the log), and `returns` (per metric,
-    the discounted sum from here to the MDP's last logged step). Rows are sorted by MDP and ordinal; an MDP is never
-    split over two files, so that the next state of a row is the next row's state. Raises `StageError` when the log is
-    missing, empty, or rejected beyond `data.maxQuarantineFraction`.
+    (the MDP ended here), `truncated` (the MDP went on, but what followed is not in the log), `returns` (per metric,
+    the discounted sum from here to the MDP's last logged step), and where the job asks for them `returns_<n>` (over n
+    decisions, null where the log breaks off before) and `reward_timeline` (the metrics of the decisions from here on,
+    in their order). Rows are sorted by MDP and ordinal; an MDP is never split over two files, so that the next state of
+    a row is the next row's state. Raises `StageError` when the log is missing, empty, or rejected beyond
+    `data.maxQuarantineFraction`.
     """
     with stage("timeline", output) as (directory, facts), spark_session("timeline") as spark:
-        report(0, 3, "reading the log")
+        report(0, 4, "reading the log")
         log = read_log(spark, decision_log, spec.data)
         if outcomes:
-            log, facts["outcomes"] = join_outcomes(spark, log, outcomes)
-        checked = with_reason(log, spec.actions).cache()
-        reasons = {r[REASON]: r["count"] for r in checked.groupBy(REASON).count().collect()}
-        rows_in, rows_out = sum(reasons.values()), reasons.pop(None, 0)
-        quarantined = rows_in - rows_out
-        facts |= {"rows_in": rows_in, "rows_out": rows_out, "rows_quarantined": quarantined, "reasons": reasons}
-        if rows_in == 0:
+            log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data.outcome_wait_seconds)
+            log = log.cache()
+        checked = with_reason(log, spec.actions)
+        plan = make_plan(checked, spec)
+        numbered = number_steps(checked, plan)
+        seen = Observation("rows")
+        counted = numbered.observe(seen, F.count(F.lit(1)).alias("rows"), *_counts(plan))
+        report(1, 4, "ordering MDPs")
+        add_what_followed(counted, spec, plan).write.parquet(str(directory / "transitions"))
+        counts = seen.get
+        reasons = {name: n for name, n in counts.items() if name not in ("rows", LEFT_OUT) and n}
+        left_out, quarantined = counts[LEFT_OUT] or 0, sum(reasons.values())
+        rows_out = counts["rows"] - quarantined - left_out
+        facts |= {
+            "rows_in": counts["rows"], "rows_out": rows_out, "rows_quarantined": quarantined,
+            "rows_left_out": left_out, "reasons": reasons,
+        }  # fmt: skip
+        if not counts["rows"]:
             raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
-        rejected = checked.where(F.col(REASON).isNotNull())
-        if quarantined > spec.data.max_quarantine_fraction * rows_in:
+        report(2, 4, f"{counts['rows']:,} rows")
+        rejected = numbered.where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT)).drop(*_HELPERS)
+        if quarantined > spec.data.max_quarantine_fraction * counts["rows"]:
             raise StageError(_too_many(rejected, facts, spec, decision_log))
-        report(1, 3, f"{rows_in:,} rows")
-        rejected.write.parquet(str(directory / "quarantine"))
-        transitions = add_what_followed(checked, spec)
-        transitions.write.parquet(str(directory / "transitions"))
-        report(2, 3, "reconciling")
+        (rejected if quarantined else rejected.limit(0)).write.parquet(str(directory / "quarantine"))
+        report(3, 4, "reconciling")
         written = spark.read.parquet(str(directory / "transitions"))
         kept = written.count()
         set_aside = spark.read.parquet(str(directory / "quarantine")).count()
         if kept != rows_out or set_aside != quarantined:
             raise StageError(
-                f"timeline: {rows_in} rows in, but {kept} out and {set_aside} quarantined; the log changed while it "
-                "was read: run again on a log that is not being written"
+                f"timeline: {counts['rows']} rows in, but {kept} out and {set_aside} quarantined; the log changed "
+                "while it was read: run again on a log that is not being written"
             )
-        facts |= describe(written)
-        report(3, 3, f"{facts['mdps']:,} MDPs")
+        if not kept:
+            raise StageError(
+                f"data.decisionLog {decision_log}: no row is left of {counts['rows']}: see `data`'s limits"
+            )
+        document = facts | describe(written)
+        (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
+        write_page(document, directory / "report.html")
+        lengths = document["lengths"]
+        facts |= {
+            "mdps": lengths["count"],
+            "mean_length": round(lengths["mean"], 2),
+            "max_length": int(lengths["maximum"]),
+            **{name: document[name] for name in ("truncated", "actions", "out_of_order", "mdps_over_days")},
+        }
+        report(4, 4, f"{facts['mdps']:,} MDPs")
 
 
-def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> tuple[DataFrame, dict[str, int]]:
+def join_outcomes(
+    spark: SparkSession, log: DataFrame, path: str, wait_seconds: int | None = None
+) -> tuple[DataFrame, dict[str, int]]:
     """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
 
-    Of a metric reported twice the later report counts. Also returns how many reports there were, and how many of them
-    could not be parsed or match no decision.
+    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision
+    are not used: a run over the same days gives the same result whenever it is made. Also returns how many reports
+    there were, and how many of them could not be read, match no decision, or came late.
     """
     outcomes = read_outcomes(spark, path).cache()
-    readable = outcomes.where(F.col(CORRUPT).isNull())
-    keys = log.select("mdp_id", "sequence_number").distinct()
-    reports = outcomes.count()
-    counts = {
-        "reports": reports,
-        "unparsable": reports - readable.count(),
-        "unmatched": readable.join(keys, ["mdp_id", "sequence_number"], "left_anti").count(),
-    }
-    per_metric = readable.select(
+    readable = outcomes.where(F.col(CORRUPT).isNull()).drop(CORRUPT, UNREADABLE)
+    decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
+    matched = readable.join(decided, ["mdp_id", "sequence_number"])
+    late = F.lit(False)
+    if wait_seconds is not None:
+        late = F.coalesce(
+            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(False)
+        )
+    matched = matched.withColumn("late", late)
+    reports, fine = outcomes.count(), readable.count()
+    found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
+    counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
+    per_metric = matched.where(~F.col("late")).select(
         "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
     )
     per_metric = per_metric.groupBy("mdp_id", "sequence_number", "key").agg(
@@ -100,79 +140,147 @@ def join_outcomes(spark: SparkSession, log: DataFrame, path: str) -> tuple[DataF
     return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts
 
 
-def add_what_followed(checked: DataFrame, spec: JobSpec) -> DataFrame:
-    """The rows fit for use, each with what followed it in its MDP; `checked` comes from `with_reason`."""
-    in_order = Window.partitionBy("mdp_id").orderBy("sequence_number")
-    # A rejected row is a hole: what came before it must not be joined to what came after.
-    # One without a readable key has no place, and cuts nothing; one whose step has a good row as well is no hole.
-    same_step = Window.partitionBy("mdp_id", "sequence_number")
-    steps = (
-        checked.where(F.col("mdp_id").isNotNull() & F.col("sequence_number").isNotNull())
-        .withColumn("has_good", F.max(F.col(REASON).isNull()).over(same_step))
-        .where(F.col(REASON).isNull() | ~F.col("has_good"))
-        .drop("has_good")
+@dataclass(frozen=True)
+class Plan:
+    """What must be known of the whole log before its rows are put in order."""
+
+    metrics: list[str]
+    reasons: list[str]  # that occur, row by row
+    shortest: int
+    longest: int | None  # None: whatever the length
+    sampled: float
+    seed: int
+
+
+def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
+    """Look over the log: few columns, no row moved."""
+    data = spec.data
+    reasons = [row[0] for row in checked.where(F.col(REASON).isNotNull()).select(REASON).distinct().collect()]
+    names = checked.where(F.col(REASON).isNull()).select(F.explode(F.map_keys("metrics"))).distinct().collect()
+    lengths = checked.where(F.col(REASON).isNull()).groupBy("mdp_id").agg(F.count("*").alias("length"))
+    percentile = F.percentile_approx("length", data.max_length_percentile or 1.0, 10_000)
+    most, limit = lengths.agg(F.max("length"), percentile).collect()[0]
+    limits = [data.max_length] if data.max_length else []
+    if data.max_length_percentile and limit:
+        limits.append(int(limit))
+    longest = min(limits) if limits else None
+    steps = min(most or 0, longest or most or 0)
+    if 0 < spec.reward.discount < 1 and steps * math.log(spec.reward.discount) < -700:
+        raise StageError(
+            f"reward.discount {spec.reward.discount}: over an MDP of {steps} decisions it vanishes beyond what a "
+            "number can hold; raise it, end MDPs earlier, or set data.maxLength"
+        )
+    return Plan(sorted(r[0] for r in names), sorted(reasons), data.min_length, longest, data.sample_fraction, spec.seed)
+
+
+_HELPERS = ("first", "step", "steps", LEFT_OUT)
+
+
+def number_steps(checked: DataFrame, plan: Plan) -> DataFrame:
+    """Every row with its place: `step` (0 for the last of its MDP), `steps` in all, `first` of its step, `left_out`.
+
+    Of rows with the same (mdp_id, sequence_number) the earliest good one stays, other good ones are duplicates.
+    """
+    # All that follows goes backwards in time, so that rows are sorted for it once: a sum over the rows from one to the
+    # MDP's end is linear only over preceding rows.
+    backwards = Window.partitionBy("mdp_id").orderBy(
+        F.desc("sequence_number"), F.col(REASON).isNotNull(), "event_time", F.xxhash64("action", "action_probability")
     )
-    before_hole = F.coalesce(F.lead(F.col(REASON).isNotNull()).over(in_order), F.lit(False))
-    numbered = steps.withColumns({"before_hole": before_hole, "ordinal": F.row_number().over(in_order)})
-    good = numbered.where(F.col(REASON).isNull())
-    last = F.lead("sequence_number").over(in_order).isNull()
+    has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "") & F.col("sequence_number").isNotNull()
+    same = F.lag("sequence_number").over(backwards).eqNullSafe(F.col("sequence_number"))
+    rows = checked.withColumn("first", has_place & ~same)
+    good = F.col(REASON).isNull()
+    rows = rows.withColumns(
+        {
+            REASON: F.when(good & ~F.col("first"), F.lit(DUPLICATE)).otherwise(F.col(REASON)),
+            "step": F.sum(F.col("first").cast("int")).over(backwards.rowsBetween(Window.unboundedPreceding, 0)) - 1,
+            "steps": F.sum(F.col("first").cast("int")).over(Window.partitionBy("mdp_id")),
+        }
+    )
+    out = F.lit(False)
+    if plan.sampled < 1:
+        place = F.pmod(F.xxhash64("mdp_id", F.lit(plan.seed)), F.lit(HASHES))
+        out = out | (place >= int(plan.sampled * HASHES))
+    if plan.shortest > 1:
+        out = out | (F.col("steps") < plan.shortest)
+    if plan.longest:
+        out = out | (F.col("steps") > plan.longest)
+    return rows.withColumn(LEFT_OUT, has_place & out)
+
+
+def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFrame:
+    """The rows fit for use, each with what followed it in its MDP; `numbered` comes from `number_steps`."""
+    # A rejected row is a hole: what came before it must not be joined to what came after. One without a readable key
+    # has no place, and cuts nothing; one whose step has a good row as well is no hole.
+    backwards = _backwards()
+    steps = numbered.where(F.col("first") & ~F.col(LEFT_OUT))
+    good = F.col(REASON).isNull()
+    last = F.lag("step").over(backwards).isNull()
+    before_hole = ~last & ~F.lag(good).over(backwards)
     cut = {
         "terminal": F.lit(False),
         "truncated": last,
         "column": F.coalesce(F.col("truncated"), F.lit(False)),
-    }[spec.data.last_step] | F.col("before_hole")
-    if "ended" in good.columns:
+    }[spec.data.last_step] | before_hole
+    if "ended" in numbered.columns:
         # Where ends are reported, an MDP without one is still under way.
         cut = cut | (last & ~F.col("ended"))
-    followed = good.withColumns(
-        {
-            "time_diff": F.lead("sequence_number").over(in_order) - F.col("sequence_number"),
-            "next_action": F.lead("action").over(in_order),
-            "possible_next_actions": F.lead("possible_actions").over(in_order),
-            "truncated": cut,
-            "terminal": last & ~cut,
-        }
-    )
-    for column in ("time_diff", "next_action", "possible_next_actions"):
-        followed = followed.withColumn(column, F.when(~F.col("truncated"), F.col(column)))
-    # Spark sums a frame of preceding rows in linear time, of following rows in quadratic time: go backwards.
-    from_here = (
-        Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number")).rowsBetween(Window.unboundedPreceding, 0)
-    )
-    names = sorted(r[0] for r in good.select(F.explode(F.map_keys("metrics"))).distinct().collect())
-    longest = good.agg(F.max("ordinal")).collect()[0][0] or 0
-    if 0 < spec.reward.discount < 1 and longest * math.log(spec.reward.discount) < -700:
-        raise StageError(
-            f"reward.discount {spec.reward.discount}: over an MDP of {longest} decisions it vanishes beyond what a "
-            "number can hold; raise it, or end MDPs earlier"
-        )
-    factor = F.pow(F.lit(spec.reward.discount or 1.0), F.col("ordinal"))
-    returns = []
-    for name in names:
-        logged = F.coalesce(F.col("metrics")[name], F.lit(0.0))
-        total = F.sum(logged * factor).over(from_here) / factor if spec.reward.discount else logged
-        returns += [F.lit(name), total]
-    followed = followed.withColumn("returns", F.create_map(*returns).cast("map<string,double>"))
-    return (
-        followed.drop("before_hole", "ended", REASON, CORRUPT, UNREADABLE)
-        .repartition("mdp_id")
-        .sortWithinPartitions("mdp_id", "ordinal")
-    )
-
-
-def describe(transitions: DataFrame) -> dict[str, Any]:
-    """MDPs, lengths and action frequencies of the transitions."""
-    lengths = transitions.groupBy("mdp_id").agg(F.count("*").alias("length"))
-    summary = lengths.agg(F.count("*"), F.avg("length"), F.max("length")).collect()[0]
-    truncated = transitions.where("truncated").count()
-    actions = {r["action"]: r["count"] for r in transitions.groupBy("action").count().orderBy("action").collect()}
-    return {
-        "mdps": summary[0],
-        "mean_length": round(summary[1] or 0, 2),
-        "max_length": summary[2],
-        "truncated": truncated,
-        "actions": actions,
+    followed = steps.withColumns({"_good": good, "_truncated": cut, "_last": last})
+    known = ~F.col("_truncated")
+    before = {name: F.lag(name).over(backwards) for name in ("sequence_number", "action", "possible_actions")}
+    added = {
+        "ordinal": (F.col("steps") - F.col("step")).cast("int"),
+        "time_diff": F.when(known, before["sequence_number"] - F.col("sequence_number")),
+        "next_action": F.when(known, before["action"]),
+        "possible_next_actions": F.when(known, before["possible_actions"]),
+        "truncated": F.col("_truncated"),
+        "terminal": F.col("_last") & known,
+        **_returns(spec, plan),
     }
+    followed = followed.withColumns(added).where("_good")
+    helpers = (*_HELPERS, REASON, CORRUPT, UNREADABLE, "ended", "_good", "_truncated", "_last")
+    return followed.drop(*helpers).sortWithinPartitions("mdp_id", "ordinal")
+
+
+def _returns(spec: JobSpec, plan: Plan) -> dict[str, Column]:
+    """Sums of the metrics from each decision on."""
+    backwards = _backwards()
+    from_here = backwards.rowsBetween(Window.unboundedPreceding, 0)
+    discount, good = spec.reward.discount, F.col("_good")
+    # In units of the MDP's first step: going backwards the factor only grows.
+    factor = F.pow(F.lit(discount or 1.0), F.col("steps") - F.col("step"))
+    logged = {m: F.when(good, F.coalesce(F.col("metrics")[m], F.lit(0.0))).otherwise(F.lit(0.0)) for m in plan.metrics}
+
+    def over(frame: Any) -> Column:
+        pairs: list[Column] = []
+        for name, value in logged.items():
+            pairs += [F.lit(name), F.sum(value * factor).over(frame) / factor if discount else value]
+        return F.create_map(*pairs).cast("map<string,double>")
+
+    columns = {"returns": over(from_here)}
+    cut = F.coalesce(F.col("_truncated"), F.lit(False)) | ~good
+    for n in spec.data.n_steps:
+        frame = backwards.rowsBetween(1 - n, 0)
+        broken = F.max(cut.cast("int")).over(frame) > 0
+        # Cut at the n-th decision itself, all n are known.
+        whole = (F.max(cut.cast("int")).over(backwards.rowsBetween(2 - n, 0)) if n > 1 else F.lit(0)) == 0
+        reached = F.count(F.lit(1)).over(frame) == n
+        columns[f"returns_{n}"] = F.when(~broken | (whole & reached), over(frame))
+    if k := spec.data.reward_timeline_steps:
+        shown = F.when(good, F.coalesce(F.col("metrics"), F.create_map().cast("map<string,double>")))
+        columns["reward_timeline"] = F.reverse(F.collect_list(shown).over(backwards.rowsBetween(1 - k, 0)))
+    return columns
+
+
+def _backwards() -> WindowSpec:
+    return Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number"))
+
+
+def _counts(plan: Plan) -> list[Column]:
+    """How many rows of each kind there are; those left out by the job count as nothing else."""
+    kept = ~F.col(LEFT_OUT)
+    kinds = {name: kept & (F.col(REASON) == name) for name in (*plan.reasons, DUPLICATE)}
+    return [F.sum(kind.cast("long")).alias(name) for name, kind in (kinds | {LEFT_OUT: F.col(LEFT_OUT)}).items()]
 
 
 def _too_many(rejected: DataFrame, facts: dict[str, Any], spec: JobSpec, path: str) -> str:

@@ -12,6 +12,7 @@ def timeline(
     outcomes: str,
     version: str,
     transitions: dsl.Output[dsl.Dataset],
+    page: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     record: dsl.OutputPath(str),  # type: ignore[valid-type]
 ) -> None:
@@ -24,13 +25,18 @@ def timeline(
         version: Digest of code and input; a finished stage is redone when it changes.
 
     Returns:
-        transitions: Directory with `transitions` and `quarantine` as Parquet.
+        transitions: Directory with `transitions` and `quarantine` as Parquet, and `report.json`.
+        page: The data report, for people.
         summary: The stage's figures for people.
         record: The stage's end for a controller, as JSON.
     """
+    import shutil
+    from pathlib import Path
+
     from components.summary import data_window, publish
     from components.timeline.build import build_timeline
     from contracts.job import JobSpec
 
     build_timeline(JobSpec.model_validate_json(job), decision_log, outcomes or None, transitions.path)
+    shutil.copy(Path(transitions.path) / "report.html", page.path)
     publish(transitions, summary, record, version, **data_window(f"{transitions.path}/transitions"))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from components.timeline.read import CORRUPT, UNREADABLE
 
 REASON = "quarantine_reason"
+DUPLICATE = "duplicate_step"
 SMALLEST_PROBABILITY = 1e-30
 """A smaller one would make importance weights overflow."""
 
 
 def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
-    """Add the column `quarantine_reason`: the first thing wrong with a row, null when it is fit for use.
-
-    Of rows with the same (mdp_id, sequence_number) the earliest good one stays, the others are duplicates.
-    """
+    """Add the column `quarantine_reason`: the first thing wrong with a row by itself, null when it is fit for use."""
     possible = F.coalesce(F.col("possible_actions"), F.array(*[F.lit(a) for a in actions]))
     known = F.array(*[F.lit(a) for a in actions])
     checks: list[tuple[str, Column]] = [
-        ("unparsable", F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull()),
         ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),
         ("missing_sequence_number", F.col("sequence_number").isNull()),
         ("missing_event_time", F.col("event_time").isNull()),
@@ -32,15 +29,12 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
         ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),
         ("non_finite_metric", F.exists(F.map_values("metrics"), _not_finite)),
     ]
-    first, *others = (F.when(check, F.lit(name)) for name, check in checks)
-    reason = F.coalesce(first, F.concat(F.lit("unreadable_"), UNREADABLE), *others)
-    same_step = Window.partitionBy("mdp_id", "sequence_number").orderBy(
-        F.col(REASON).isNotNull(), "event_time", F.xxhash64("action", "action_probability")
+    reason = F.coalesce(
+        F.when(F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull(), F.lit("unparsable")),
+        F.concat(F.lit("unreadable_"), UNREADABLE),
+        *[F.when(check, F.lit(name)) for name, check in checks],
     )
-    duplicate = F.col(REASON).isNull() & (F.row_number().over(same_step) > 1)
-    return log.withColumn(REASON, reason).withColumn(
-        REASON, F.when(duplicate, F.lit("duplicate_step")).otherwise(F.col(REASON))
-    )
+    return log.withColumn(REASON, reason)
 
 
 def _not_finite(value: Column) -> Column:

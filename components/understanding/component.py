@@ -30,11 +30,13 @@ def understanding(
         summary: The stage's figures for people.
         record: The stage's end for a controller, as JSON.
     """
+    import shutil
+    from pathlib import Path
+
     from components.summary import passed_on, publish
-    from components.understanding.page import write_page
     from components.understanding.understand import understand
     from contracts.job import JobSpec
 
     understand(JobSpec.model_validate_json(job), training_data.path, normalization.path, understanding.path)
-    write_page(understanding.path, page.path)
+    shutil.copy(Path(understanding.path) / "report.html", page.path)
     publish(understanding, summary, record, version, **passed_on(training_data.metadata))

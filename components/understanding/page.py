@@ -31,9 +31,8 @@ noise to whatever is logged.{% if document.steady %} Never varying, and so left 
 """)
 
 
-def write_page(understanding: str | Path, path: str | Path) -> None:
-    """Write the page of the understanding stage's directory to `path`."""
-    document = read_understanding(understanding)
+def write_page(document: dict[str, Any], path: str | Path) -> None:
+    """Write the page of what the understanding stage found to `path`."""
     html = _TEMPLATE.render(title="Data understanding", document=document, figure=figure(document))
     Path(path).write_text(html)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from components.normalization.spec import NormalizationSpec
 from components.transitions import Transitions, load_transitions
 from components.understanding.dynamics import Expectation, Outcomes, fit, outcomes, squared_errors, without_memory
+from components.understanding.page import write_page
 from contracts.hashing import unit_interval
 from contracts.job import REWARD, UNDERSTANDING_CHECKS, JobSpec
 from contracts.progress import report
@@ -36,7 +37,7 @@ REMEDIES = {
 
 
 def understand(spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path) -> None:
-    """Write `understanding.json`: three checks, and how much of each outcome is explained by what.
+    """Write `understanding.json` and `report.html`: three checks, and how much of each outcome is explained by what.
 
     A model of the dynamics learns what follows a decision (next state, reward, whether the MDP goes on) from half of
     the training MDPs: knowing the state, the action too, the step before too. Its errors on the other half tell the
@@ -70,6 +71,7 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
             "steady": data.steady,
         }
         (directory / "understanding.json").write_text(json.dumps(document, indent=2, allow_nan=False))
+        write_page(document, directory / "report.html")
         facts |= {name: document[name] for name in ("checks", "transitions", "mdps", "steady")}
         for name in settings.require:
             check = document["checks"][name]

@@ -66,6 +66,14 @@ def test_each_decision_gets_its_own_state_and_the_online_store_the_newest(tmp_pa
     assert online["y"] == [3.0, 3.0, None]
 
 
+def test_features_may_be_called_by_numbers(tmp_path):
+    rows = [{**row("m", step), "state_features": {"0": 1.0 * step, "17": -1.0}} for step in range(2)]
+    join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+    joined = pq.read_table(tmp_path / "out" / "training").sort_by("ordinal").to_pylist()
+    assert [(found["state_0"], found["state_17"]) for found in joined] == [(0.0, -1.0), (1.0, -1.0)]
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["features"] == ["0", "17"]
+
+
 def test_a_later_value_is_never_used_one_of_the_same_instant_is_and_an_old_one_is_missing(tmp_path):
     stamped = pa.table(
         {

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.spark import spark_session
-from components.timeline.build import add_what_followed, join_outcomes
+from components.timeline.build import add_what_followed, join_outcomes, make_plan, number_steps
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import read_log
 from contracts.decision_log import SCHEMA
@@ -51,6 +51,10 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def numbered(checked: Any, job: JobSpec) -> Any:
+    return number_steps(checked, make_plan(checked, job))
+
+
 @pytest.fixture(scope="module")
 def spark():
     with spark_session("test") as session:
@@ -59,8 +63,9 @@ def spark():
 
 @pytest.fixture
 def checked(spark, tmp_path):
-    def check(*rows: dict[str, Any]) -> Any:
-        return with_reason(read_log(spark, write_parquet(tmp_path / "log.parquet", list(rows))), ["left", "right"])
+    def check(*rows: dict[str, Any], **sections: Any) -> Any:
+        log = read_log(spark, write_parquet(tmp_path / "log.parquet", list(rows)))
+        return numbered(with_reason(log, ["left", "right"]), spec(**sections))
 
     return check
 
@@ -68,7 +73,9 @@ def checked(spark, tmp_path):
 @pytest.fixture
 def followed(checked):
     def follow(*rows: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:
-        frame = add_what_followed(checked(*rows), spec(**sections)).orderBy("mdp_id", "ordinal")
+        job = spec(**sections)
+        rows_in_place = checked(*rows, **sections)
+        frame = add_what_followed(rows_in_place, job, make_plan(rows_in_place, job)).orderBy("mdp_id", "ordinal")
         return [row.asDict(recursive=True) for row in frame.collect()]
 
     return follow
@@ -181,14 +188,15 @@ def test_where_ends_are_reported_an_mdp_without_one_is_still_under_way(spark, tm
     done = {"mdp_id": "done", "sequence_number": 0, "metrics": {"reward": 1.0}, "ended": True}
     (tmp_path / "outcomes.jsonl").write_text(json.dumps(done) + "\n")
     frame, _ = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
-    rows = add_what_followed(with_reason(frame, ["left", "right"]), spec()).orderBy("mdp_id").collect()
+    checked = with_reason(frame, ["left", "right"])
+    plan = make_plan(checked, spec())
+    rows = add_what_followed(number_steps(checked, plan), spec(), plan).orderBy("mdp_id").collect()
     assert [(row["terminal"], row["truncated"]) for row in rows] == [(True, False), (False, True)]
 
 
 def test_a_discount_that_vanishes_over_a_long_mdp_is_refused(checked):
-    frame = checked(*[decision(step=i) for i in range(1100)])
     with pytest.raises(StageError, match=r"reward\.discount 0\.5: over an MDP of 1100 decisions"):
-        add_what_followed(frame, spec(reward={"discount": 0.5}))
+        checked(*[decision(step=i) for i in range(1100)], reward={"discount": 0.5})
 
 
 def test_a_duplicate_is_no_hole(followed):
@@ -224,7 +232,7 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
             late = {"mdp_id": "a", "sequence_number": 2, "metrics": {"clicks": clicks}}
             stream.write(json.dumps(late | {"event_time": (NOON + timedelta(seconds=second)).isoformat()}) + "\n")
     frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
-    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1}
+    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1, "late": 0}
     joined = frame.orderBy("sequence_number").collect()
     assert [row["metrics"] for row in joined] == [
         {"reward": 5.0, "clicks": 2.0},
@@ -233,3 +241,74 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     ]
     assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
+
+
+class TestWhatTheJobLeavesOut:
+    def test_a_sample_is_of_whole_mdps_and_the_same_every_day(self, checked):
+        days = [[decision(f"m{m}", step) for m in range(200) for step in steps] for steps in ((0, 1), (1, 2))]
+        kept = []
+        for rows in days:
+            frame = checked(*rows, data={"sampleFraction": 0.3})
+            counts = {r["mdp_id"]: r["count"] for r in frame.where("not left_out").groupBy("mdp_id").count().collect()}
+            assert set(counts.values()) == {2}
+            kept.append(set(counts))
+        assert kept[0] == kept[1]
+        assert 40 <= len(kept[0]) <= 80
+
+    @pytest.mark.parametrize(
+        ("data", "kept"),
+        [
+            ({"minLength": 3}, {"m3", "m4", "m9"}),
+            ({"maxLength": 3}, {"m1", "m2", "m3"}),
+            ({"maxLengthPercentile": 0.8}, {"m1", "m2", "m3", "m4"}),
+            ({"minLength": 2, "maxLength": 4, "maxLengthPercentile": 0.99}, {"m2", "m3", "m4"}),
+        ],
+    )
+    def test_limits_of_length(self, followed, data, kept):
+        rows = followed(*[decision(f"m{n}", step) for n in (1, 2, 3, 4, 9) for step in range(n)], data=data)
+        assert {row["mdp_id"] for row in rows} == kept
+
+
+class TestReturnsAhead:
+    def test_over_n_decisions(self, followed):
+        rewards = [1.0, 2.0, 4.0, 8.0, 16.0]
+        rows = followed(
+            *[decision(step=i, metrics={"reward": r}) for i, r in enumerate(rewards)],
+            reward={"discount": 0.5}, data={"nSteps": [1, 3]},
+        )  # fmt: skip
+        assert [row["returns_1"]["reward"] for row in rows] == rewards
+        expected = [sum(r * 0.5**k for k, r in enumerate(rewards[i : i + 3])) for i in range(5)]
+        assert [row["returns_3"]["reward"] for row in rows] == pytest.approx(expected), "an end adds nothing more"
+
+    def test_are_not_known_where_the_log_breaks_off_before(self, followed):
+        cut = followed(*[decision(step=i) for i in range(4)], data={"nSteps": [2], "lastStep": "truncated"})
+        assert [row["returns_2"] is None for row in cut] == [False, False, False, True]
+        rows = [decision(step=0), decision(step=1), decision(step=2, action=None), decision(step=3), decision(step=4)]
+        holed = followed(*rows, data={"nSteps": [2]})
+        assert [(row["sequence_number"], row["returns_2"] is None) for row in holed] == [
+            (0, False), (1, True), (3, False), (4, False),
+        ]  # fmt: skip
+
+    def test_metrics_to_come_in_their_order(self, followed):
+        rows = followed(
+            *[decision(step=i, metrics={"reward": float(i)}) for i in range(4)], data={"rewardTimelineSteps": 3}
+        )
+        ahead = [[metrics["reward"] for metrics in row["reward_timeline"]] for row in rows]
+        assert ahead == [[0, 1, 2], [1, 2, 3], [2, 3], [3]]
+
+
+def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=0)]))
+    reports = [(50.0, 59), (70.0, 61)]
+    lines = [
+        {
+            "mdp_id": "a", "sequence_number": 0, "metrics": {"reward": value},
+            "event_time": (NOON + timedelta(seconds=seconds)).isoformat(),
+        }
+        for value, seconds in reports
+    ]  # fmt: skip
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for wait, expected, late in ((60, 50.0, 1), (3600, 70.0, 0), (None, 70.0, 0)):
+        frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait)
+        assert [row["metrics"]["reward"] for row in frame.collect()] == [expected]
+        assert counts["late"] == late

@@ -13,7 +13,7 @@ import torch
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.transitions import Transitions
 from components.understanding.dynamics import Outcomes, outcomes
-from components.understanding.page import figure, read_understanding, write_page
+from components.understanding.page import figure, read_understanding
 from components.understanding.understand import _examine, judge, sample, shares, understand
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError, read_record, stage
@@ -215,8 +215,7 @@ def test_the_stage_leaves_its_findings_its_record_and_a_page(stages: Path, tmp_p
     assert document["checks"] == record["checks"]
     assert document["steady"] == ["goes on"]
     json.dumps(document, allow_nan=False)
-    write_page(tmp_path / "out", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 1
     for outside in ("<script", "<link", "<img", "src=", "@import"):
         assert outside not in page

@@ -1,0 +1,96 @@
+"""The data report on one self-contained page."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from components.page import svg, template
+
+MOST_BARS = 20
+COLUMNS = 3
+
+_TEMPLATE = template("""\
+<table>
+{% for name, value in counts.items() %}
+<tr><td>{{ name }}</td><td>{{ "{:,}".format(value) }}</td></tr>
+{% endfor %}
+</table>
+{% if reasons %}
+<h2>Quarantine by reason</h2>
+<table>{% for name, n in reasons.items() %}
+<tr><td>{{ name.replace("_", " ") }}</td><td>{{ "{:,}".format(n) }}</td></tr>
+{% endfor %}</table>
+{% endif %}
+<h2>Distributions</h2>
+{{ figure | safe }}
+""")
+
+
+def write_page(report: dict[str, Any], path: str | Path) -> None:
+    """Write the page of a data report to `path`."""
+    counts = {
+        "Rows read": report["rows_in"],
+        "Transitions": report["rows_out"],
+        "Quarantined": report["rows_quarantined"],
+        "Left out by the job": report["rows_left_out"],
+        "MDPs": report["lengths"]["count"],
+        "Ends of MDPs": report["terminal"],
+        "Cut off": report["truncated"],
+        "Decisions before their time": report["out_of_order"],
+        "MDPs over several days": report["mdps_over_days"],
+        f"Longest MDP ({report['largest_mdp']['mdp_id']})": report["largest_mdp"]["rows"],
+    }
+    html = _TEMPLATE.render(title="Timeline", counts=counts, reasons=report["reasons"], figure=_figure(report))
+    Path(path).write_text(html)
+
+
+def _figure(report: dict[str, Any]) -> str:
+    panels = [("decisions per MDP", report["lengths"])]
+    panels += [(f"{name} per decision", found) for name, found in report["metrics"].items()]
+    panels.append(("propensity of the action", report["propensities"]))
+    rows = -(-(len(panels) + 2) // COLUMNS)
+    figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axis, (title, found) in zip(axes, panels, strict=False):
+        _histogram(axis, title, found)
+    total = sum(report["actions"].values())
+    shares = {name: count / total for name, count in report["actions"].items()}
+    _bars(axes[len(panels)], "actions", shares)
+    _bars(axes[len(panels) + 1], "rows that have the feature", report["coverage"])
+    for axis in axes[len(panels) + 2 :]:
+        axis.set_axis_off()
+    return svg(figure)
+
+
+def _histogram(axis: Axes, title: str, found: dict[str, Any]) -> None:
+    _plain(axis, title)
+    if not found["count"]:
+        axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, fontsize=9)
+        return
+    edges = found["edges"]
+    widths = [right - left or 1.0 for left, right in pairwise(edges)]
+    axis.bar(edges[:-1], found["counts"], widths, align="edge" if len(widths) > 1 else "center", color="#0b6e99")
+    axis.axvline(found["mean"], color="#d9730d", linewidth=1)
+    axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def _bars(axis: Axes, title: str, shares: dict[str, float]) -> None:
+    shown = sorted(shares.items(), key=lambda item: -item[1])[:MOST_BARS]
+    more = f" (the first {MOST_BARS})" if len(shares) > MOST_BARS else ""
+    _plain(axis, title + more)
+    axis.barh([name for name, _ in shown], [share for _, share in shown], color="#4f9768", height=0.65)
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.invert_yaxis()
+
+
+def _plain(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
