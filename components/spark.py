@@ -79,8 +79,6 @@ def executor_settings(environment: Mapping[str, str], template: Path) -> dict[st
         "spark.driver.bindAddress": environment["POD_IP"],
         "spark.driver.port": str(DRIVER_PORT),
         "spark.driver.blockManager.port": str(BLOCK_MANAGER_PORT),
-        # What ended badly stays to be asked why; it goes with the driver's pod, its owner.
-        f"{kubernetes}.executor.deleteOnTermination": "false",
         # Executors have no Services or claims of their own: Spark need not ask to delete any.
         f"{kubernetes}.driver.service.deleteOnTermination": "false",
         f"{kubernetes}.driver.ownPersistentVolumeClaim": "false",

@@ -90,10 +90,6 @@ def started_at(pod: Object) -> str | None:
     return start
 
 
-def is_owned_by(pod: Object, name: str | None) -> bool:
-    return any(owner["name"] == name for owner in pod["metadata"].get("ownerReferences") or [])
-
-
 def is_pending(pod: Object) -> bool:
     return bool(pod.get("status", {}).get("phase") == "Pending")
 

@@ -33,8 +33,6 @@ from bluewhale_operator.pods import (
     ROLE_LABEL,
     Stall,
     find_stall,
-    is_executor,
-    is_owned_by,
     last_words,
     record_of,
     stage_of,
@@ -352,9 +350,6 @@ class _Step:
                 self._fail(Reason.ABORTED, "the pipeline run was ended in Kubeflow Pipelines")
                 return
             why = stage.message or run.error or "no reason was given; see the stage's log"
-            executors = [p for p in self.observed.pods if is_executor(p) and is_owned_by(p, stage.pod)]
-            if words := next(filter(None, map(last_words, reversed(executors))), ""):
-                why = f"{words[:1024]}; {why}"  # what Spark's driver says of executors that are lost tells little
             useless = record.get("status") == "failed" and not record.get("retryable", True)
             self._attempt_failed(why, stage, retryable=not useless)
 

@@ -43,7 +43,6 @@ def test_executors_are_the_stage_s_pod_s_own(settings: dict[str, str]) -> None:
     assert settings["spark.kubernetes.namespace"] == "rl"
     assert settings["spark.kubernetes.driver.pod.name"] == "driver-1", "who goes takes its executors along"
     assert settings["spark.kubernetes.executor.label.bluewhale.io/job"] == "shop"
-    assert settings["spark.kubernetes.executor.deleteOnTermination"] == "false", "who ended badly is asked why"
     assert settings["spark.kubernetes.executor.label.bluewhale.io/role"] == "executor"
 
 

@@ -404,22 +404,6 @@ def test_a_job_that_fails_says_what_held_it_and_leaves_nothing_at_work() -> None
     assert life.stage("features")["completionTime"] == timestamp(later(101))
 
 
-@pytest.mark.parametrize(("owner", "told"), [("shop-timeline-x1", True), ("shop-timeline-x0", False)])
-def test_a_stage_whose_executors_died_says_how(owner: str, told: bool) -> None:
-    life = Life(make_job(backoffLimit=0))
-    life.begin()
-    executor = stage_pod("timeline", phase="Failed", name="executor")
-    executor["metadata"] |= {
-        "labels": {"bluewhale.io/job": "shop", "bluewhale.io/role": "executor"}, "ownerReferences": [{"name": owner}],
-    }  # fmt: skip
-    executor["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
-    outcome = life.look(
-        20, run=life.run(0, "FAILED", failed="timeline"), pods=[stage_pod("timeline", phase="Failed"), executor]
-    )
-    message = get_condition(outcome.status.conditions, "Failed").message  # type: ignore[union-attr]
-    assert ("OOMKilled, exit code 137" in message) == told
-
-
 # -- suspension --------------------------------------------------------------------------------------------------------
 
 
