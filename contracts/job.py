@@ -190,7 +190,9 @@ UNDERSTANDING_CHECKS = ("state_effect", "action_effect", "markov")
 class Understanding(Model):
     """Whether the data is that of a Markov decision process at all, asked of a model of what follows a decision."""
 
-    sample_rows: int = Field(50_000, ge=100, description="Most transitions that the model is fitted to and tried on.")
+    sample_rows: int = Field(
+        50_000, ge=100, description="Transitions to fit models to and to try them on, about: whole MDPs."
+    )
     model_steps: int = Field(1000, ge=1, description="Optimizer steps of each fitted model.")
     require: list[Literal[UNDERSTANDING_CHECKS]] = Field(  # type: ignore[valid-type]
         [],
@@ -377,7 +379,7 @@ class Images(Model):
     """Container images, and the secrets to pull them with."""
 
     spark: str | None = Field(None, description="Of timeline, features and normalization; the operator's default.")
-    training: str | None = Field(None, description="Of training, evaluation, export and rollout; likewise.")
+    training: str | None = Field(None, description="Of all stages from understanding on; likewise.")
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod's spec.")
     pull_secrets: list[str] = Field([], max_length=16, description="Names of secrets in the job's namespace.")
 
@@ -446,8 +448,18 @@ class JobSpec(Model):
         return self
 
     def only(self, *sections: str) -> str:
-        """The named sections, actions and seed as JSON: what a stage reads, so that nothing else makes it stale."""
-        return self.model_dump_json(by_alias=True, include={"actions", "seed", *sections})
+        """The named sections, actions and seed as JSON: what a stage reads, so that nothing else makes it stale.
+
+        A dot leads into a section: `evaluation.gate.metric`.
+        """
+        kept: dict[str, Any] = {}
+        for path in ("actions", "seed", *sections):
+            *outer, last = path.split(".")
+            level = kept
+            for part in outer:
+                level = level.setdefault(part, {})
+            level[last] = True
+        return self.model_dump_json(by_alias=True, include=kept)
 
 
 SCHEDULED_NAME_LENGTH = 41

@@ -33,7 +33,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "timeline": ("data", "reward"),
     "features": ("features",),
     "normalization": ("normalization",),
-    "understanding": ("data", "reward", "understanding", "evaluation", "deploy"),
+    "understanding": ("data", "reward", "understanding", "evaluation.gate.metric"),
     "training": ("data", "reward", "algorithm", "training", "export"),
     "evaluation": ("data", "reward", "evaluation"),
     "export": ("data", "export"),

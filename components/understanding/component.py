@@ -19,7 +19,7 @@ def understanding(
     """Ask whether what follows a decision depends on the state and the action, and on nothing before them.
 
     Args:
-        job: JSON of the job's sections actions, data, deploy, evaluation, reward, understanding.
+        job: JSON of the job's sections actions, data, reward, understanding, and the gate's metric.
         version: Digest of code and input; a finished stage is redone when it changes.
         training_data: The features stage's directory.
         normalization: The normalization stage's directory.

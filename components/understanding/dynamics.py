@@ -1,7 +1,8 @@
-"""A model of what follows a decision, fitted with more and with less of what it may know."""
+"""Models of what follows a decision, and stand-ins for what they may not know."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,32 +15,30 @@ from components.transitions import Transitions
 
 BATCH = 512
 HIDDEN = 128
+MOST_EPOCHS = 30
+"""A model of few rows takes fewer steps, or it would learn them by heart."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """N transitions as a regression: K known columns before a decision, O outcomes after it."""
+    """N transitions as a regression: what was known at a decision, and O outcomes after it."""
 
-    known: Tensor  # float32 [N, K]: normalized state, action, and both of the step before; 0 where there is none
-    sources: dict[str, np.ndarray]  # columns of `known` by what they tell: "action", "before", or a feature's name
+    state: Tensor  # float32 [N, S], normalized
+    features: dict[str, np.ndarray]  # columns of the state by feature
+    action: Tensor  # float32 [N, A], one-hot
+    propensity: Tensor  # float32 [N], NaN = not logged
+    before: Tensor  # float32 [N, S + A + 1]: the step before, and 1; all 0 where there is none
     values: Tensor  # float32 [N, O], each with mean 0 and variance 1 over the rows that have it
     present: Tensor  # bool [N, O]; an MDP's last step has no next state
     names: list[str]  # of the outcomes: `next FEATURE`, `reward`, `goes on`
     steady: list[str]  # outcomes that never vary, and so are left out
     mdp: np.ndarray  # int64 [N]
 
-    def without(self, *sources: str) -> Tensor:
-        """`known` with the columns of these sources set to 0."""
-        known = self.known.clone()
-        for source in sources:
-            known[:, self.sources[source]] = 0.0
-        return known
-
 
 def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.ndarray) -> Outcomes:
     """What was known at each decision whose successor is known, and what followed it."""
+    graph = NormalizationGraph(normalization)
     with torch.no_grad():
-        graph = NormalizationGraph(normalization)
         state = graph(torch.from_numpy(data.state))
     action = nn.functional.one_hot(torch.from_numpy(data.action), len(data.actions)).float()
     follows = np.append(False, (data.mdp[1:] == data.mdp[:-1]) & ~(data.terminal | data.truncated)[:-1])
@@ -48,29 +47,43 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
 
     goes_on = torch.from_numpy(~data.terminal)
     following = torch.cat([state[data.next_row], torch.from_numpy(reward)[:, None], goes_on.float()[:, None]], 1)
-    features = graph.output_features
-    names = [f"next {name}" for name in features] + ["reward", "goes on"]
     present = torch.ones(following.shape, dtype=torch.bool)
-    present[:, : len(features)] = goes_on[:, None]
+    present[:, : state.shape[1]] = goes_on[:, None]
+    names = [*_next_names(graph.output_features, normalization), "reward", "goes on"]
 
     usable = torch.from_numpy(~data.truncated)
-    following, present = following[usable], present[usable]
+    following, present = following[usable].double(), present[usable]
     counts = present.sum(0).clamp(min=1)
     mean = (following * present).sum(0) / counts
-    variance = ((following - mean).square() * present).sum(0) / counts
-    varies = variance > 1e-8
-    values = ((following - mean) / variance.clamp(min=1e-8).sqrt()) * present
-
-    kinds = np.array([*features, *["action"] * action.shape[1], *["before"] * before.shape[1]])
+    spread = ((following - mean).square() * present).sum(0).div(counts).sqrt()
+    least, most = (torch.where(present, following, end) for end in (torch.inf, -torch.inf))
+    varies = most.amax(0) > least.amin(0) if len(following) else torch.zeros(len(names), dtype=torch.bool)
+    values = torch.where(present, (following - mean) / torch.where(varies, spread, 1.0), 0.0)
+    sources = np.array(graph.output_features)
     return Outcomes(
-        known=torch.cat([state, action, before], 1)[usable],
-        sources={kind: np.flatnonzero(kinds == kind) for kind in dict.fromkeys(kinds.tolist())},
-        values=values[:, varies],
+        state=state[usable],
+        features={name: np.flatnonzero(sources == name) for name in dict.fromkeys(graph.output_features)},
+        action=action[usable],
+        propensity=torch.from_numpy(data.propensity).float()[usable],
+        before=before[usable],
+        values=values[:, varies].float(),
         present=present[:, varies],
         names=[name for name, kept in zip(names, varies.tolist(), strict=True) if kept],
         steady=[name for name, kept in zip(names, varies.tolist(), strict=True) if not kept],
         mdp=data.mdp[usable.numpy()],
     )
+
+
+def _next_names(features: list[str], normalization: NormalizationSpec) -> list[str]:
+    """A name for each normalized column of the next state; an enum has one for each of its values."""
+    enums = {f.name: f.values for f in normalization.features if f.type == "enum"}
+    seen: Counter[str] = Counter()
+    names = []
+    for feature in features:
+        value = f" = {enums[feature][seen[feature]]:g}" if feature in enums else ""
+        names.append(f"next {feature}{value}")
+        seen[feature] += 1
+    return names
 
 
 class Expectation(nn.Module):
@@ -97,13 +110,14 @@ def fit(x: Tensor, y: Tensor, present: Tensor, rows: np.ndarray, steps: int, see
     """
     torch.manual_seed(seed)
     model = Expectation(x.shape[1], y.shape[1])
+    steps = min(steps, 1 + MOST_EPOCHS * len(rows) // BATCH)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = np.random.default_rng(seed)
     for _ in range(steps):
         batch = torch.from_numpy(generator.choice(rows, min(BATCH, len(rows))))
         here = present[batch]
-        loss = ((model(x[batch]) - y[batch]).square() * here).sum() / here.sum()
+        loss = ((model(x[batch]) - y[batch]).square() * here).sum() / here.sum().clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -111,32 +125,50 @@ def fit(x: Tensor, y: Tensor, present: Tensor, rows: np.ndarray, steps: int, see
     return model
 
 
-def squared_errors(expected: Tensor, data: Outcomes) -> Tensor:
+def squared_errors(expected: Tensor, values: Tensor, present: Tensor) -> Tensor:
     """float32 [N, O], 0 where the outcome is not present."""
-    return torch.where(data.present, (expected - data.values).square(), 0.0)
+    return torch.where(present, (expected - values).square(), 0.0)
 
 
-def without_memory(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Tensor:
-    """`known` with the step before replaced by one that is as likely, but knows no more than the state and the action.
+def likely_action(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Tensor:
+    """An action drawn as the logged one was, as far as the state tells, float32 [N, A].
 
-    What they tell of the step before stays, the rest is another decision's: the conditional randomization of Candes
-    et al. 2018 (arXiv 1610.02351, section 4.1), with a fitted mean.
+    It says about the state what the logged action says, and nothing else: what is explained beyond it is the action's
+    doing. This is the conditional randomization of Candes et al. 2018 (arXiv 1610.02351, section 4.1), as is
+    `likely_before`. Where the propensity p was logged, the action stays with probability p; else, and among the others,
+    probabilities fitted to `rows` decide.
     """
-    columns = data.sources["before"]
-    before = data.known[:, columns]
-    has_before = before[:, -1:] > 0
-    now = data.without("before")
-    known = np.flatnonzero(has_before.squeeze(1).numpy())
-    usable = np.intersect1d(rows, known)
+    model = fit(data.state, data.action, torch.ones_like(data.action, dtype=torch.bool), rows, steps, seed)
+    with torch.no_grad():
+        probability = model(data.state).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    known = ~data.propensity.isnan()
+    # Drawn again without itself, an action that does not stay leaves the others in their proportions.
+    probability = torch.where(known[:, None] & (data.action > 0), 0.0, probability)
+    drawn = nn.functional.one_hot(
+        torch.multinomial(probability, 1, generator=generator).squeeze(1), probability.shape[1]
+    )
+    stays = known & (torch.rand(len(known), generator=generator) < data.propensity)
+    return torch.where(stays[:, None], data.action, drawn.float())
+
+
+def likely_before(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Tensor:
+    """A step before that is as likely, but knows no more than the state and the action, float32 [N, S + A + 1].
+
+    What they tell of the step before, by a model fitted to `rows`, stays; the rest is another decision's. The rest of
+    `rows` themselves is smaller than it should be, the model having seen them: do not use theirs.
+    """
+    now = torch.cat([data.state, data.action], 1)
+    known = data.before[:, -1:] > 0
+    usable = np.intersect1d(rows, np.flatnonzero(known.squeeze(1).numpy()))
     if len(usable) == 0:
-        return data.known
-    model = fit(now, before, has_before.expand_as(before), usable, steps, seed)
+        return data.before
+    model = fit(now, data.before, known.expand_as(data.before), usable, steps, seed)
     with torch.no_grad():
         expected = model(now)
-    rest = before - expected
-    generator = np.random.default_rng(seed)
-    for part in (usable, np.setdiff1d(known, rows)):
-        rest[part] = rest[generator.permutation(part)]
-    now[:, columns] = torch.where(has_before, expected + rest, 0.0)
-    now[:, columns[-1]] = before[:, -1]
-    return now
+    rest = data.before - expected
+    others = np.setdiff1d(np.flatnonzero(known.squeeze(1).numpy()), rows)
+    rest[others] = rest[np.random.default_rng(seed).permutation(others)]
+    made = torch.where(known, expected + rest, 0.0)
+    made[:, -1] = data.before[:, -1]
+    return made

@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy import stats
 from torch import Tensor
 
 from components.normalization.spec import NormalizationSpec
 from components.transitions import Transitions, load_transitions
-from components.understanding.dynamics import Expectation, Outcomes, fit, outcomes, squared_errors, without_memory
+from components.understanding.dynamics import (
+    Expectation,
+    Outcomes,
+    fit,
+    likely_action,
+    likely_before,
+    outcomes,
+    squared_errors,
+)
 from components.understanding.page import write_page
 from contracts.hashing import unit_interval
 from contracts.job import REWARD, UNDERSTANDING_CHECKS, JobSpec
@@ -22,12 +30,16 @@ from contracts.stage import StageError, stage
 
 LEVEL = 0.95
 """Of the intervals, over all outcomes of a check together (Bonferroni)."""
-NEGLIGIBLE = {"state_effect": 0.01, "action_effect": 0.01, "markov": 0.05}
-"""Share of an outcome's variance below which knowing more makes no difference that matters.
+FLOOR = {"state_effect": 0.0025, "action_effect": 0.0025, "markov": 0.05}
+"""Share of an outcome's variance from which on an effect is one: two fits to the same rows differ by about as much.
 
 More for the step before: a fitted model always leaves some of a sharp edge (an MDP's end) for it to tell.
 """
+NEGLIGIBLE = {"state_effect": 0.01, "action_effect": 0.01, "markov": 0.05}
+"""Share below which knowing more makes no difference that matters."""
 FEWEST_MDPS = 10
+MOST_SHUFFLED = 5000
+"""Rows that the importance of features is measured on."""
 REMEDIES = {
     "state_effect": "features that tell nothing of what follows cannot steer a policy; log others",
     "action_effect": "where no action changes anything, no policy is better than another; check that the actions and "
@@ -42,25 +54,21 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
     A model of the dynamics learns what follows a decision (next state, reward, whether the MDP goes on) from half of
     the training MDPs: knowing the state, the action too, the step before too. Its errors on the other half tell the
     share of each outcome's variance that each of them explains, with an interval over MDPs. The approach is that of
-    Horizon's data understanding tool (arXiv 1811.00260). A step before helps a model also by saying again, in other
-    words, what the state says; so it is set against one that is as likely, but knows no more than state and action.
+    Horizon's data understanding tool (arXiv 1811.00260). An action and a step before help a model also by saying again,
+    in other words, what the state says; so each is set against one that is as likely, but knows no more than that.
 
     state_effect: what follows depends on the state. action_effect: it depends on the action. markov: the step before
     adds nothing to that. Each says pass, fail or inconclusive. Raises `StageError` when a check that the job requires
-    does not pass, and for a metric that is to be judged later but that the log does not have.
+    does not pass, and for a gate on a metric that the log does not have.
     """
     with stage("understanding", output) as (directory, facts):
         settings = spec.understanding
         everything = load_transitions(features, spec)
-        judged = {
-            "evaluation.gate.metric": spec.evaluation.gate.metric,
-            "deploy.canary.metric": spec.deploy.canary.metric,
-        }
-        for field, metric in judged.items():
-            # Asked here, since hours of training would go before either is looked at.
-            if metric != REWARD:
-                everything.metric_index(metric, field)
+        if spec.evaluation.gate.metric != REWARD:
+            # Asked here, since hours of training would go before the gate does.
+            everything.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         train, _ = everything.split(spec)
+        del everything
         train = sample(train, settings.sample_rows, spec.seed)
         data = outcomes(
             train, NormalizationSpec.read(Path(normalization) / "spec.json"), train.reward(spec.reward.metric_weights)
@@ -89,55 +97,64 @@ def sample(data: Transitions, rows: int, seed: int) -> Transitions:
 
 
 def _examine(data: Outcomes, mdp_ids: list[str], steps: int, seed: int) -> dict[str, Any]:
-    # Halves that neither the split into training and held-out MDPs nor the sampling depends on.
-    first = np.array([unit_interval(f"dynamics-{seed}", mdp) < 0.5 for mdp in mdp_ids])[data.mdp]
-    fitted, tried = np.flatnonzero(first), np.flatnonzero(~first)
-    mdps = min(len(np.unique(data.mdp[rows])) for rows in (fitted, tried))
+    # Parts that neither the split into training and held-out MDPs nor the sampling depends on.
+    place = np.array([unit_interval(f"dynamics-{seed}", mdp) for mdp in mdp_ids])[data.mdp]
+    fitted, tried = np.flatnonzero(place < 0.5), np.flatnonzero(place >= 0.5)
+    # A stand-in for the step before is made by a model of rows that no other model sees.
+    first, second = np.flatnonzero(place < 0.25), np.flatnonzero((place >= 0.25) & (place < 0.5))
+    mdps = min(len(np.unique(data.mdp[rows])) for rows in (first, second, tried))
     if mdps < FEWEST_MDPS or not data.names:
         few = f"{mdps} MDPs to fit or to try a model on; {FEWEST_MDPS} are needed"
-        reason = few if mdps < FEWEST_MDPS else "nothing that follows a decision ever varies"
-        unknown = {"verdict": "inconclusive", "reason": reason}
+        unknown = _unknown(few if mdps < FEWEST_MDPS else "nothing that follows a decision ever varies")
         return {"checks": dict.fromkeys(UNDERSTANDING_CHECKS, unknown), "outcomes": [], "importance": {}}
 
-    now = data.without("before")
-    shown = {
-        "state_effect": data.without("action", "before"),
-        "action_effect": now,
-        "memory": without_memory(data, fitted, steps, seed),
-        "markov": data.known,
-    }
-    errors = {"nothing": squared_errors(torch.zeros(()), data)[tried]}
-    for number, (name, known) in enumerate(shown.items(), 1):
-        model = fit(known, data.values, data.present, fitted, steps, seed)
+    present, wanted = data.present[tried], data.values[tried]
+    nothing = squared_errors(torch.zeros(()), wanted, present)
+
+    def errors(rows: np.ndarray, *known: Tensor) -> tuple[Tensor, Expectation]:
+        x = torch.cat(known, 1)
+        model = fit(x, data.values, data.present, rows, steps, seed)
         with torch.no_grad():
-            errors[name] = squared_errors(model(known), data)[tried]
-        if name == "action_effect":
-            importance = _importance(model, now, data, tried, seed)
-        report(number, len(shown), "models of what follows")
-    mdp = data.mdp[tried]
-    compared = {
-        "state_effect": ("nothing", "state_effect"),
-        "action_effect": ("state_effect", "action_effect"),
-        "markov": ("memory", "markov"),
-    }
-    gains = {
-        check: shares(errors[less] - errors[more], errors["nothing"], mdp) for check, (less, more) in compared.items()
-    }
+            return squared_errors(model(x[tried]), wanted, present), model
+
+    mdp, gains = data.mdp[tried], {}
+    report(0, 5, "models of what follows")
+    state, _ = errors(fitted, data.state)
+    gains["state_effect"] = shares(nothing - state, nothing, mdp)
+    report(1, 5, "models of what follows")
+    drawn, _ = errors(fitted, data.state, likely_action(data, fitted, steps, seed))
+    taken, model = errors(fitted, data.state, data.action)
+    gains["action_effect"] = shares(drawn - taken, nothing, mdp)
+    report(3, 5, "models of what follows")
+    likely, _ = errors(second, data.state, data.action, likely_before(data, first, steps, seed))
+    before, _ = errors(second, data.state, data.action, data.before)
+    gains["markov"] = shares(likely - before, nothing, mdp)
+    report(5, 5)
+    checks = {name: judge(name, gains[name], data.names) for name in UNDERSTANDING_CHECKS}
+    if len(data.action.sum(0).nonzero()) < 2:
+        checks["action_effect"] = _unknown("one action alone is in the log: nothing else was tried")
     return {
-        "checks": {name: judge(name, gains[name], data.names) for name in UNDERSTANDING_CHECKS},
+        "checks": checks,
         "outcomes": [
             {"name": name, **{check: gains[check][o] for check in UNDERSTANDING_CHECKS}}
             for o, name in enumerate(data.names)
         ],
-        "importance": importance,
+        "importance": _importance(model, data, tried[:: 1 + len(tried) // MOST_SHUFFLED], seed),
     }
 
 
+def _unknown(reason: str) -> dict[str, str]:
+    return {"verdict": "inconclusive", "reason": reason}
+
+
 def shares(gain: Tensor, whole: Tensor, mdp: np.ndarray) -> list[dict[str, float]]:
-    """Sum of each outcome's gain over that of its squared deviations, both [N, O]; with an interval over MDPs."""
+    """Sum of each outcome's gain over that of its squared deviations, both [N, O]; with an interval over MDPs.
+
+    Of an outcome that only a few MDPs show, nothing can be said: its interval is [-1, 1].
+    """
     _, group = np.unique(mdp, return_inverse=True)
     n = int(group.max()) + 1
-    z = float(norm.ppf(1 - (1 - LEVEL) / 2 / gain.shape[1]))
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / 2 / gain.shape[1], n - 1))
     result = []
     for o in range(gain.shape[1]):
         part = np.bincount(group, gain[:, o].double().numpy(), minlength=n)
@@ -145,44 +162,51 @@ def shares(gain: Tensor, whole: Tensor, mdp: np.ndarray) -> list[dict[str, float
         scale = max(total.sum(), 1e-12)
         value = part.sum() / scale
         # The ratio of two sums over MDPs, by its linearization.
-        error = np.sqrt(np.square(part - value * total).sum() * n / max(n - 1, 1)) / scale
-        result.append({"share": float(value), "low": float(value - z * error), "high": float(value + z * error)})
+        half = quantile * np.sqrt(np.square(part - value * total).sum() * n / max(n - 1, 1)) / scale
+        effective = scale**2 / max(np.square(total).sum(), 1e-12)
+        low, high = (value - half, value + half) if effective >= FEWEST_MDPS else (-1.0, 1.0)
+        result.append({"share": float(value), "low": float(low), "high": float(high)})
     return result
 
 
 def judge(check: str, gains: list[dict[str, float]], names: list[str]) -> dict[str, str]:
     """The verdict over all outcomes, with the outcome that speaks loudest."""
+    found = any(gain["low"] > FLOOR[check] for gain in gains)
     none = all(gain["high"] < NEGLIGIBLE[check] for gain in gains)
-    loudest = max(range(len(gains)), key=lambda o: gains[o]["high" if none else "low"])
+    loudest = max(range(len(gains)), key=lambda o: gains[o]["low" if found else "high"])
     gain = gains[loudest]
-    figures = f"{gain['share']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}] of the variance of {names[loudest]!r}"
-    found = gain["low"] > (NEGLIGIBLE[check] if check == "markov" else 0.0)
     told = {"state_effect": "the state", "action_effect": "the action", "markov": "the step before"}[check]
-    if not found and not none:
-        return {"verdict": "inconclusive", "reason": f"{told} explains {figures}: too little data to tell"}
-    good = none if check == "markov" else found
-    reason = f"{told} explains {figures}" if found else f"{told} adds next to nothing, at most {figures}"
-    if good:
+    figures = f"{gain['share']:.1%} [{gain['low']:.1%}, {gain['high']:.1%}] of the variance of {names[loudest]!r}"
+    if found:
+        reason = f"{told} explains {figures}"
+    elif none:
+        reason = f"{told} adds next to nothing: at most {gain['high']:.1%} of the variance of {names[loudest]!r}"
+    else:
+        return _unknown(f"{told} explains {figures}: too little data to tell")
+    if found != (check == "markov"):
         return {"verdict": "pass", "reason": reason}
     return {"verdict": "fail", "reason": f"{reason}; {REMEDIES[check]}"}
 
 
-def _importance(model: Expectation, known: Tensor, data: Outcomes, rows: np.ndarray, seed: int) -> dict[str, float]:
+def _importance(model: Expectation, data: Outcomes, rows: np.ndarray, seed: int) -> dict[str, float]:
     """By how much the mean share explained falls when a feature, or the action, is taken from another decision.
 
     Permutation importance (Breiman 2001, section 10).
     """
     generator = np.random.default_rng(seed)
+    known, values, present = torch.cat([data.state, data.action], 1)[rows], data.values[rows], data.present[rows]
 
-    def error(x: Tensor) -> float:
+    def error() -> float:
         with torch.no_grad():
-            errors = squared_errors(model(x), data)[rows]
-        return float((errors.sum(0) / data.present[rows].sum(0).clamp(min=1)).mean())
+            errors = squared_errors(model(known), values, present)
+        return float((errors.sum(0) / present.sum(0).clamp(min=1)).mean())
 
-    base, result = error(known), {}
-    for source, columns in data.sources.items():
-        if source != "before":
-            shuffled = known.clone()
-            shuffled[np.ix_(rows, columns)] = known[np.ix_(generator.permutation(rows), columns)]
-            result[source] = error(shuffled) - base
+    width = data.state.shape[1]
+    sources = data.features | {"the action": np.arange(width, width + data.action.shape[1])}
+    base, result = error(), {}
+    for name, columns in sources.items():
+        kept = known[:, columns].clone()
+        known[:, columns] = kept[generator.permutation(len(rows))]
+        result[name] = error() - base
+        known[:, columns] = kept
     return dict(sorted(result.items(), key=lambda item: -item[1]))

@@ -30,6 +30,7 @@ from bluewhale_operator.outcome import (
     Object,
     Outcome,
     Reference,
+    parse_time,
     set_condition,
     timestamp,
 )
@@ -54,6 +55,8 @@ BACKEND_REST_SECONDS = 5.0
 """A backend that did not answer is not asked again for this long, whatever the number of jobs."""
 LONGEST_BACKOFF = 60.0
 LOG_LINES = 40
+EVENT_SECONDS = 300.0
+"""Kubelet repeats more often than this what still holds a pod up; an Event outlasts what it tells of."""
 RUN_LABEL = "pipeline/runid"
 """KFP's, on the pods and the workflow of a run."""
 
@@ -229,24 +232,25 @@ class Controller:
         for job in jobs:
             if has_ended(job) or (job.get("status") or {}).get("active"):
                 continue
-            found += self._told(job, "FailedCreate")
-        return found + self._told_of_pods(pods)
+            found += [e["message"] for e in self._events(namespace, "FailedCreate", {job["metadata"]["name"]})]
+        return found + self._told_of_pods(namespace, pods)
 
-    def _told_of_pods(self, pods: list[Object]) -> list[str]:
-        """What kubelet says in Events alone of pods that cannot start."""
+    def _told_of_pods(self, namespace: str, pods: list[Object]) -> list[str]:
+        """What kubelet says of late, and in Events alone, of pods that cannot start."""
         found = []
-        for pod in filter(cannot_be_pulled, pods):
-            found += self._told(pod, "FailedToRetrieveImagePullSecret")
-        for pod in filter(is_being_made, pods):
-            found += [f"pod {pod['metadata']['name']}: {told}" for told in self._told(pod, "FailedMount")]
+        for held, reason in ((cannot_be_pulled, "FailedToRetrieveImagePullSecret"), (is_being_made, "FailedMount")):
+            for event in self._events(namespace, reason, {pod["metadata"]["name"] for pod in filter(held, pods)}):
+                if (self.now() - _last_seen(event)).total_seconds() < EVENT_SECONDS:
+                    found.append(f"pod {event['involvedObject']['name']}: {event['message']}")
         return found
 
-    def _told(self, about: Object, reason: str) -> list[str]:
-        """What Events of a reason say of an object."""
-        meta = about["metadata"]
-        query = {"fieldSelector": f"involvedObject.name={meta['name']},reason={reason}"}
-        path = f"/api/v1/namespaces/{meta['namespace']}/events"
-        return [e["message"] for e in self.cluster.request("GET", path, query).get("items", [])]
+    def _events(self, namespace: str, reason: str, names: set[str]) -> list[Object]:
+        """Events of a reason about objects of these names."""
+        if not names:
+            return []
+        path = f"/api/v1/namespaces/{namespace}/events"
+        events = self.cluster.request("GET", path, {"fieldSelector": f"reason={reason}"}).get("items", [])
+        return [event for event in events if event["involvedObject"]["name"] in names]
 
     def _observe_service(self, service: Object) -> policy_service.Observed:
         namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
@@ -256,7 +260,7 @@ class Controller:
         return policy_service.Observed(
             deployments=self.cluster.list("apps/v1", "Deployment", namespace, selector),
             pods=pods,
-            messages=self._told_of_pods(pods),
+            messages=self._told_of_pods(namespace, pods),
             ask=(lambda expression: query(url, expression)) if url else None,
             service_monitors=self._has_service_monitors(),
             autoscaled=self.cluster.get("autoscaling/v2", "HorizontalPodAutoscaler", namespace, name) is not None,
@@ -439,3 +443,8 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def _last_seen(event: Object) -> datetime:
+    seen = (event.get("series") or {}).get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+    return parse_time(seen or event["metadata"]["creationTimestamp"])

@@ -99,7 +99,10 @@ def is_being_made(pod: Object) -> bool:
     status = pod.get("status", {})
     states = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
     waiting = [(s.get("state") or {}).get("waiting") or {} for s in states]
-    return is_pending(pod) and any(w.get("reason") in ("ContainerCreating", "PodInitializing") for w in waiting)
+    conditions = status.get("conditions") or []
+    mounted = any(c.get("type") == "PodReadyToStartContainers" and c.get("status") == "True" for c in conditions)
+    creating = any(w.get("reason") in ("ContainerCreating", "PodInitializing") for w in waiting)
+    return is_pending(pod) and creating and not mounted
 
 
 def cannot_be_pulled(pod: Object) -> bool:

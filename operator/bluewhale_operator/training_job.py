@@ -82,7 +82,7 @@ class Observed:
     logs: dict[str, str] = field(default_factory=dict)
     """The last lines of pods that failed without a word."""
     messages: list[str] = field(default_factory=list)
-    """What the run's workflow and jobs say of children that could not be made."""
+    """What is told of children that could not be made, or cannot start, elsewhere than in the pods themselves."""
     at_work: list[Reference] = field(default_factory=list)
     """Training jobs and Spark executors of this job, of whichever run, that have not ended."""
     service: Object | None = None

@@ -14,7 +14,8 @@ import pytest
 
 from bluewhale_operator.backend import KfpBackend
 from bluewhale_operator.cluster import Cluster
-from bluewhale_operator.controller import Controller, Key
+from bluewhale_operator.controller import EVENT_SECONDS, Controller, Key
+from bluewhale_operator.outcome import timestamp
 from bluewhale_operator.training_job import FINALIZER, STAGES
 from tests.operator.bluewhale_operator.servers import Servers, servers
 from tests.operator.bluewhale_operator.worlds import DIGEST, NOW, OTHER, make_job, make_service, record, waiting_pod
@@ -144,9 +145,15 @@ def test_what_kubelet_tells_of_a_pod_in_events_alone_reaches_the_condition(world
     pod = waiting_pod("timeline", "ContainerCreating")
     pod["metadata"]["labels"] = {label: {"bluewhale.io/job": "shop"}.get(label) or world.job()["status"]["run"]["id"]}
     world.put(pod)
-    told = 'MountVolume.SetUp failed for volume "key": secret "key" not found'
-    meta = {"name": "told", "namespace": "team"}
-    world.put({"apiVersion": "v1", "kind": "Event", "metadata": meta, "reason": "FailedMount", "message": told})
+    event = {
+        "apiVersion": "v1", "kind": "Event", "metadata": {"name": "told", "namespace": "team"}, "reason": "FailedMount",
+        "involvedObject": {"kind": "Pod", "name": pod["metadata"]["name"]},
+        "message": 'MountVolume.SetUp failed for volume "key": secret "key" not found',
+    }  # fmt: skip
+    world.put(event | {"lastTimestamp": timestamp(clock() - timedelta(seconds=EVENT_SECONDS + 1))})
+    controller.look(SHOP)
+    assert "Stalled" not in [c["type"] for c in world.job()["status"]["conditions"]], "long ago, and over"
+    world.put(event | {"lastTimestamp": timestamp(clock())})
     controller.look(SHOP)
     [stalled] = [c for c in world.job()["status"]["conditions"] if c["type"] == "Stalled"]
     assert (stalled["status"], stalled["reason"]) == ("True", "MissingDependency")
