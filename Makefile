@@ -49,7 +49,7 @@ clean: ## Remove runs, environments and caches
 	rm -rf $(VENV) $(OTHER_KFP) $(TRITON) .make runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Java for Spark, Prometheus for the canary.
+# Java for Spark, Prometheus for the canary, Redis for a test.
 .make/system: scripts/system-packages.sh
 	@bash scripts/system-packages.sh
 	@mkdir -p .make && touch $@

@@ -158,6 +158,12 @@ class Features(Model):
     """State features, joined point in time."""
 
     ttl_seconds: int = Field(86_400, ge=1, description="A feature value older than this at the decision is missing.")
+    project: str = Field(
+        "bluewhale",
+        pattern="^[A-Za-z0-9][A-Za-z0-9_]*$",
+        max_length=63,
+        description="Feast's project: jobs that share an online store and are not of one service need one each.",
+    )
     online_store: OnlineStore = Field(OnlineStore(), description="Where Feast keeps each feature's newest value.")
 
 

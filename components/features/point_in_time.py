@@ -103,7 +103,7 @@ def open_feature_store(spec: JobSpec, repository: Path, source: Path, names: lis
     if online["type"] == "sqlite":
         online.setdefault("path", str(repository / "online.db"))
     config = {
-        "project": "bluewhale",
+        "project": spec.features.project,
         "provider": "local",
         "registry": str(repository / "registry.db"),
         "offline_store": {"type": "spark"},
