@@ -186,6 +186,9 @@ class Normalization(Model):
     normality_bound: Positive = Field(1000.0, description="D'Agostino K^2 below which a feature is taken as normal.")
     box_cox_gain: Positive = Field(10.0, description="Box-Cox must lower K^2 by this factor to be used.")
     quantiles: int = Field(20, ge=2, description="Quantiles that a feature of no simple shape is mapped by.")
+    max_missing_fraction: float = Field(
+        0.999, ge=0, le=1, description="A feature that is missing in more of the rows is dropped, and reported."
+    )
     sample_rows: int = Field(100_000, ge=100, description="Rows sampled for the tests of normality.")
     overrides: dict[str, FeatureType] = Field({}, description="Types set by hand, by feature.")
 

@@ -174,13 +174,38 @@ def features(run: Run) -> None:
         join_features(run.job.spec, run.path("timeline"), run.path("features"))
 
 
-@_job_command("normalize")
-def normalize(run: Run) -> None:
+@_job_command("normalize", "bluewhale normalize job.yaml\n      bluewhale normalize job.yaml --explain cart_position")
+@click.option("--explain", "feature", metavar="FEATURE", help="Tell why a feature has its type; identify nothing.")
+@_as_json
+def normalize(run: Run, feature: str | None, as_json: bool) -> None:
     """Identify each feature and write the normalization spec."""
+    if feature:
+        from components.normalization.explain import explain
+
+        found = explain(run.path("features"), run.path("normalization"), feature)
+        click.echo(json.dumps(found, indent=2)) if as_json else _explained(found)
+        return
     from components.normalization.identify import identify_features
 
     with _shown(run, "normalization"):
         identify_features(run.job.spec, run.path("features"), run.path("normalization"))
+
+
+def _explained(found: dict[str, Any]) -> None:
+    """A feature's type and evidence, and its values before and after as columns of blocks."""
+    out = Console()
+    if "dropped" in found:
+        out.print(f"{found['name']} is dropped: {found['dropped']}", highlight=False)
+        return
+    out.print(f"[bold]{found['name']}[/] is {found['type']}: {found['how']}", highlight=False)
+    evidence = "  ".join(f"{name} {value:.6g}" for name, value in found["evidence"].items())
+    out.print(f"[dim]{evidence}[/]", highlight=False)
+    for when in ("before", "after"):
+        drawn = found[when]
+        most = max(drawn["counts"]) or 1
+        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * int(count) // int(most))] for count in drawn["counts"])
+        ends = drawn.get("edges") or drawn["values"]
+        out.print(f"{when:>7} {ends[0]:>10.4g} [cyan]│{bars}│[/] {ends[-1]:.4g}", highlight=False)
 
 
 @_job_command("understand")

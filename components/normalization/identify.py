@@ -34,6 +34,8 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
             F.count("*").alias("rows"),
             *[F.count(F.col(n)).alias(f"count {n}") for n in names],
             *[F.approx_count_distinct(n).alias(f"distinct {n}") for n in names],
+            *[F.min(n).alias(f"minimum {n}") for n in names],
+            *[F.max(n).alias(f"maximum {n}") for n in names],
         ).collect()[0]
         fraction = min(1.0, spec.normalization.sample_rows / max(1, summary["rows"]))
         report(1, 2, "sample")
@@ -48,10 +50,12 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
                 "missing": float(summary["rows"] - summary[f"count {name}"]),
                 "distinct": float(summary[f"distinct {name}"]),
             }
-            if values.size == 0 or np.ptp(values) == 0:
-                dropped[name] = "never present" if values.size == 0 else f"constant at {values[0]:g}"
-                continue
+            low, high = summary[f"minimum {name}"], summary[f"maximum {name}"]
             override = spec.normalization.overrides.get(name)
+            if reason := carries_nothing(values, evidence, low, high, spec.normalization, override):
+                dropped[name] = reason
+                continue
+            evidence |= {"minimum": float(low), "maximum": float(high)}
             found.append(identify(name, values, evidence, spec.normalization, override))
         if unknown := set(spec.normalization.overrides) - set(names):
             raise StageError(
@@ -64,6 +68,27 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
         report(2, 2, f"{len(found)} features")
 
 
+def carries_nothing(
+    sample: np.ndarray,
+    evidence: dict[str, float],
+    low: float | None,
+    high: float | None,
+    limits: Normalization,
+    override: str | None,
+) -> str:
+    """Why a feature is of no use, or nothing; `low` and `high` are of all rows, `sample` holds present values alone."""
+    if low is None or high is None:
+        return "never present"
+    if low == high:
+        return f"constant at {low:g}"
+    missing = evidence["missing"] / (evidence["missing"] + evidence["count"])
+    if missing > limits.max_missing_fraction and not override:
+        return f"missing in {missing:.4%} of the rows"
+    if sample.size == 0 or np.ptp(sample) == 0:
+        return f"varies in none of the {sample.size:,} rows of the sample that have it; raise normalization.sampleRows"
+    return ""
+
+
 def identify(
     name: str, values: np.ndarray, evidence: dict[str, float], limits: Normalization, override: str | None = None
 ) -> FeatureNormalization:
@@ -72,10 +97,11 @@ def identify(
     `evidence` is kept in the result, with what the sample shows added.
     """
     distinct = np.unique(values)
+    # What the sample does not show, the count over all rows may.
+    count = max(distinct.size, evidence.get("distinct", 0))
     k2 = normality(values)
-    evidence = evidence | {
-        "minimum": float(values.min()),
-        "maximum": float(values.max()),
+    evidence = {"minimum": float(values.min()), "maximum": float(values.max())} | evidence
+    evidence |= {
         "mean": float(values.mean()),
         "stddev": float(values.std()),
         "skewness": float(stats.skew(values)),
@@ -84,12 +110,13 @@ def identify(
     shift = float(1e-6 * np.ptp(values) - values.min())
     lam, transformed = box_cox(values, shift)
     k2_box_cox = normality(transformed)
+    evidence |= {"box_cox_lambda": lam, "box_cox_k2": k2_box_cox}
     logits = stats.logistic.ppf(np.clip(values, PROBABILITY_CLAMP, 1 - PROBABILITY_CLAMP))
     if override:
         type_, how = override, "set by hand"
     elif distinct.size <= 2 and set(distinct) <= {0.0, 1.0}:
         type_, how = "binary", "only 0 and 1 occur"
-    elif distinct.size <= limits.max_enum_values and np.all(distinct == np.round(distinct)):
+    elif count <= limits.max_enum_values and np.all(distinct == np.round(distinct)):
         type_, how = "enum", f"{distinct.size} distinct integers"
     elif values.min() >= 0 and values.max() <= 1 and np.ptp(logits) > 1e-3:
         type_, how = "probability", "all values lie in [0, 1]"

@@ -24,7 +24,8 @@ class FeatureNormalization(BaseModel):
     how: str
     """One sentence: why this type."""
     evidence: dict[str, float]
-    """count, missing, distinct, minimum, maximum, mean, stddev, skewness, k2."""
+    """count, missing, distinct, minimum and maximum of all rows; mean, stddev, skewness, k2 of the sample, and
+    Box-Cox's lambda and k2."""
 
 
 class NormalizationSpec(BaseModel):

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from components.normalization.graph import CLAMP, NormalizationGraph
-from components.normalization.identify import box_cox, identify, identify_features, normality
+from components.normalization.identify import box_cox, carries_nothing, identify, identify_features, normality
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from contracts.job import JobSpec, Normalization
 from contracts.stage import StageError, read_record, stage
@@ -30,6 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "constant": np.full(500, 4.0),
         "half_constant": np.where(rng().random(500) < 0.5, np.nan, 4.0),
         "never": np.full(500, np.nan),
+        "rare": np.where(np.arange(500) < 2, np.arange(500.0), np.nan),
     }
     with stage("features", root / "all") as (directory, facts):
         table = pa.table({f"state_{n}": pa.array(v, pa.float64(), from_pandas=True) for n, v in columns.items()})
@@ -43,7 +44,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def identified(written: Path) -> NormalizationSpec:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARK_MASTER", "local[1]")
-        identify_features(job(overrides={"flag": "enum"}), written, written.parent / "out")
+        identify_features(job(overrides={"flag": "enum"}, maxMissingFraction=0.99), written, written.parent / "out")
     assert read_record(written.parent / "out")["types"]["speed"] == "continuous"
     return NormalizationSpec.read(written.parent / "out" / "spec.json")
 
@@ -58,6 +59,7 @@ class TestTheStage:
             "constant": "constant at 4",
             "half_constant": "constant at 4",
             "never": "never present",
+            "rare": "missing in 99.6000% of the rows",
         }
 
     def test_the_others_are_identified_or_set_by_hand(self, identified: NormalizationSpec) -> None:
@@ -65,7 +67,7 @@ class TestTheStage:
         assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous"}
 
     def test_dropped_features_stay_inputs(self, identified: NormalizationSpec) -> None:
-        assert identified.inputs == ["speed", "flag", "holed", "constant", "half_constant", "never"]
+        assert identified.inputs == ["speed", "flag", "holed", "constant", "half_constant", "never", "rare"]
 
     def test_present_and_missing_values_are_counted(self, identified: NormalizationSpec) -> None:
         holed = next(f for f in identified.features if f.name == "holed")
@@ -243,3 +245,15 @@ def test_box_cox_finds_the_exponent(lam: float) -> None:
 def test_box_cox_leaves_a_positive_shifted_sample() -> None:
     feature = found(rng().lognormal(2, 1, N) - 50)
     assert feature.evidence["minimum"] + feature.box_cox_shift > 0
+
+
+def test_values_that_only_the_count_over_all_rows_shows_make_no_enum() -> None:
+    values = np.tile([1.0, 2.0, 3.0], 100)
+    assert identify("x", values, {"distinct": 3.0}, LIMITS).type == "enum"
+    assert identify("x", values, {"distinct": 500.0}, LIMITS).type != "enum"
+
+
+def test_a_feature_that_varies_only_outside_the_sample_is_reported() -> None:
+    evidence = {"count": 1e6, "missing": 0.0}
+    assert "normalization.sampleRows" in carries_nothing(np.full(100, 4.0), evidence, 4.0, 5.0, LIMITS, None)
+    assert carries_nothing(np.arange(100.0), evidence, 0.0, 99.0, LIMITS, None) == ""

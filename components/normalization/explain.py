@@ -1,0 +1,57 @@
+"""Why a feature has its type, and what normalization makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import torch
+
+from components.normalization.graph import NormalizationGraph
+from components.normalization.spec import NormalizationSpec
+from contracts.stage import StageError, read_record
+
+ROWS = 100_000
+BINS = 24
+
+
+def explain(features: str | Path, normalization: str | Path, name: str) -> dict[str, Any]:
+    """What is known of a feature: {name, type, how, evidence, before, after}, or {name, dropped} for one without use.
+
+    `before` and `after` are histograms, {edges [BINS + 1], counts [BINS]}, of its first present values; an enum has
+    {values, counts} after. Raises `StageError` for a feature that is not there.
+    """
+    read_record(normalization)
+    spec = NormalizationSpec.read(Path(normalization) / "spec.json")
+    if name in spec.dropped:
+        return {"name": name, "dropped": spec.dropped[name]}
+    feature = next((f for f in spec.features if f.name == name), None)
+    if feature is None:
+        raise StageError(f"normalization: no feature {name!r}; there are {', '.join(spec.inputs)}")
+    data = ds.dataset(Path(features) / "training", format="parquet")
+    column = f"state_{name}"
+    present = data.head(ROWS, columns=[column], filter=ds.field(column).is_valid())
+    values = present[column].to_numpy().astype(np.float32)
+    graph = NormalizationGraph(NormalizationSpec(inputs=[name], features=[feature]))
+    with torch.no_grad():
+        after = graph(torch.from_numpy(values)[:, None]).numpy()
+    described: dict[str, Any]
+    if feature.type == "enum":
+        described = {"values": feature.values, "counts": after.sum(0).astype(int).tolist()}
+    else:
+        described = _histogram(after[:, 0])
+    return {
+        "name": name,
+        "type": feature.type,
+        "how": feature.how,
+        "evidence": feature.evidence,
+        "before": _histogram(values),
+        "after": described,
+    }
+
+
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
+    counts, edges = np.histogram(values.astype(np.float64), BINS)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
