@@ -11,7 +11,7 @@ REGISTRY ?= ghcr.io/bluewhale-rl
 TAG ?= 0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format crds images lock clean
+.PHONY: help install run test bench lint format crds images lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ run: install ## Set up, then run the example job (or JOB=path/to/job.yaml)
 
 test: install $(OTHER_KFP)/.installed ## Set up, then run the whole test suite
 	BLUEWHALE_OTHER_KFP=$(CURDIR)/$(OTHER_KFP)/bin/python $(BIN)/python -m pytest
+
+bench: install ## Measure the timeline against the bare shuffle of the same rows (ROWS=1000000)
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000)
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

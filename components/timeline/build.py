@@ -15,7 +15,7 @@ from pyspark.sql.window import WindowSpec
 from components.spark import spark_session
 from components.timeline.describe import describe
 from components.timeline.page import write_page
-from components.timeline.quarantine import DUPLICATE, REASON, with_reason
+from components.timeline.quarantine import DUPLICATE, REASON, REASONS, with_reason
 from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
 from contracts.job import JobSpec
 from contracts.progress import report
@@ -48,9 +48,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         plan = make_plan(checked, spec)
         numbered = number_steps(checked, plan)
         seen = Observation("rows")
-        counted = numbered.observe(seen, F.count(F.lit(1)).alias("rows"), *_counts(plan))
+        counted = numbered.observe(seen, F.count(F.lit(1)).alias("rows"), *_counts())
         report(1, 4, "ordering MDPs")
-        add_what_followed(counted, spec, plan).write.parquet(str(directory / "transitions"))
+        kept_rows = Observation("kept")
+        followed = add_what_followed(counted, spec, plan).observe(kept_rows, F.sum("before_its_time").alias("n"))
+        followed.drop("before_its_time").write.parquet(str(directory / "transitions"))
         counts = seen.get
         reasons = {name: n for name, n in counts.items() if name not in ("rows", LEFT_OUT) and n}
         left_out, quarantined = counts[LEFT_OUT] or 0, sum(reasons.values())
@@ -79,6 +81,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             raise StageError(
                 f"data.decisionLog {decision_log}: no row is left of {counts['rows']}: see `data`'s limits"
             )
+        facts["out_of_order"] = kept_rows.get["n"] or 0
         document = facts | describe(written)
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
@@ -87,7 +90,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             "mdps": lengths["count"],
             "mean_length": round(lengths["mean"], 2),
             "max_length": int(lengths["maximum"]),
-            **{name: document[name] for name in ("truncated", "actions", "out_of_order", "mdps_over_days")},
+            **{name: document[name] for name in ("truncated", "actions", "mdps_over_days")},
         }
         report(4, 4, f"{facts['mdps']:,} MDPs")
 
@@ -145,7 +148,6 @@ class Plan:
     """What must be known of the whole log before its rows are put in order."""
 
     metrics: list[str]
-    reasons: list[str]  # that occur, row by row
     shortest: int
     longest: int | None  # None: whatever the length
     sampled: float
@@ -155,11 +157,12 @@ class Plan:
 def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
     """Look over the log: few columns, no row moved."""
     data = spec.data
-    reasons = [row[0] for row in checked.where(F.col(REASON).isNotNull()).select(REASON).distinct().collect()]
-    names = checked.where(F.col(REASON).isNull()).select(F.explode(F.map_keys("metrics"))).distinct().collect()
-    lengths = checked.where(F.col(REASON).isNull()).groupBy("mdp_id").agg(F.count("*").alias("length"))
+    keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
+    names = checked.agg(keys).collect()[0][0]
+    lengths = checked.groupBy("mdp_id").agg(F.count("*").alias("length"))
     percentile = F.percentile_approx("length", data.max_length_percentile or 1.0, 10_000)
-    most, limit = lengths.agg(F.max("length"), percentile).collect()[0]
+    has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "")
+    most, limit = lengths.where(has_place).agg(F.max("length"), percentile).collect()[0]
     limits = [data.max_length] if data.max_length else []
     if data.max_length_percentile and limit:
         limits.append(int(limit))
@@ -170,7 +173,7 @@ def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
             f"reward.discount {spec.reward.discount}: over an MDP of {steps} decisions it vanishes beyond what a "
             "number can hold; raise it, end MDPs earlier, or set data.maxLength"
         )
-    return Plan(sorted(r[0] for r in names), sorted(reasons), data.min_length, longest, data.sample_fraction, spec.seed)
+    return Plan(sorted(names), data.min_length, longest, data.sample_fraction, spec.seed)
 
 
 _HELPERS = ("first", "step", "steps", LEFT_OUT)
@@ -227,8 +230,14 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
         cut = cut | (last & ~F.col("ended"))
     followed = steps.withColumns({"_good": good, "_truncated": cut, "_last": last})
     known = ~F.col("_truncated")
-    before = {name: F.lag(name).over(backwards) for name in ("sequence_number", "action", "possible_actions")}
+    before = {
+        name: F.lag(name).over(backwards) for name in ("sequence_number", "event_time", "action", "possible_actions")
+    }
     added = {
+        # For the stage to count: the next decision's time lies before this one's.
+        "before_its_time": F.coalesce(~before_hole & (before["event_time"] < F.col("event_time")), F.lit(False)).cast(
+            "int"
+        ),
         "ordinal": (F.col("steps") - F.col("step")).cast("int"),
         "time_diff": F.when(known, before["sequence_number"] - F.col("sequence_number")),
         "next_action": F.when(known, before["action"]),
@@ -276,10 +285,10 @@ def _backwards() -> WindowSpec:
     return Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number"))
 
 
-def _counts(plan: Plan) -> list[Column]:
+def _counts() -> list[Column]:
     """How many rows of each kind there are; those left out by the job count as nothing else."""
     kept = ~F.col(LEFT_OUT)
-    kinds = {name: kept & (F.col(REASON) == name) for name in (*plan.reasons, DUPLICATE)}
+    kinds = {name: kept & (F.col(REASON) == name) for name in REASONS}
     return [F.sum(kind.cast("long")).alias(name) for name, kind in (kinds | {LEFT_OUT: F.col(LEFT_OUT)}).items()]
 
 

@@ -4,51 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 BINS = 30
+COVERAGE_ROWS = 200_000
 
 
 def describe(transitions: DataFrame) -> dict[str, Any]:
     """Ends of MDPs, histograms of lengths, metrics and propensities, action frequencies, coverage of the features.
 
     A histogram is {count, mean, minimum, maximum, edges [BINS + 1], counts [BINS]}; one that never varies has one bin.
-    `out_of_order` counts the decisions whose event time lies before that of the decision before them, `mdps_over_days`
-    the MDPs with decisions on more than one day, `largest_mdp` the longest MDP.
+    `mdps_over_days` counts the MDPs with decisions on more than one day, `largest_mdp` is the longest one. Coverage is
+    of a sample of the rows when there are many.
     """
-    order = Window.partitionBy("mdp_id").orderBy("ordinal")
-    back = F.col("event_time") < F.lag("event_time").over(order)
-    per_mdp = transitions.withColumn("back", F.coalesce(back, F.lit(False)).cast("int")).groupBy("mdp_id")
-    mdps = per_mdp.agg(
-        F.count("*").cast("double").alias("length"),
-        F.sum("back").alias("back"),
-        (F.min(F.to_date("event_time")) != F.max(F.to_date("event_time"))).cast("int").alias("over_days"),
-    ).cache()
-    totals = mdps.agg(F.sum("back"), F.sum("over_days"), F.max(F.struct("length", "mdp_id"))).collect()[0]
+    mdps = (
+        transitions.groupBy("mdp_id")
+        .agg(
+            F.count("*").cast("double").alias("length"),
+            (F.min(F.to_date("event_time")) != F.max(F.to_date("event_time"))).cast("int").alias("over_days"),
+        )
+        .cache()
+    )
+    totals = mdps.agg(F.sum("over_days"), F.max(F.struct("length", "mdp_id"))).collect()[0]
     rows = transitions.agg(
         F.count("*"), F.sum(F.col("truncated").cast("int")), F.sum(F.col("terminal").cast("int"))
     ).collect()[0]
-    metrics = sorted(r[0] for r in transitions.select(F.explode(F.map_keys("metrics"))).distinct().collect())
-    coverage = (
-        transitions.select(F.explode("state_features"))
-        .where(F.col("value").isNotNull())
-        .groupBy("key")
-        .count()
-        .orderBy("key")
-        .collect()
-    )
+    keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
+    metrics = sorted(transitions.agg(keys).collect()[0][0])
+    sample = transitions.sample(fraction=COVERAGE_ROWS / rows[0], seed=0) if rows[0] > COVERAGE_ROWS else transitions
+    present = sample.select(F.explode("state_features")).where(F.col("value").isNotNull())
+    coverage = present.groupBy("key").count().orderBy("key").collect()
+    sampled = sample.count()
     actions = transitions.groupBy("action").count().orderBy("action").collect()
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}
     found = histograms(transitions, values | {"propensity": F.col("action_probability")})
     return {
         "truncated": rows[1],
         "terminal": rows[2],
-        "out_of_order": totals[0],
-        "mdps_over_days": totals[1],
-        "largest_mdp": {"mdp_id": totals[2]["mdp_id"], "rows": int(totals[2]["length"])},
+        "mdps_over_days": totals[0],
+        "largest_mdp": {"mdp_id": totals[1]["mdp_id"], "rows": int(totals[1]["length"])},
         "actions": {row["action"]: row["count"] for row in actions},
-        "coverage": {row["key"]: row["count"] / rows[0] for row in coverage},
+        "coverage": {row["key"]: row["count"] / sampled for row in coverage},
         "lengths": histograms(mdps, {"length": F.col("length")})["length"],
         "metrics": {name: found[f"metric {name}"] for name in metrics},
         "propensities": found["propensity"],

@@ -6,11 +6,29 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from components.timeline.read import CORRUPT, UNREADABLE
+from contracts.decision_log import SCHEMA
+from contracts.job import REWARD
 
 REASON = "quarantine_reason"
 DUPLICATE = "duplicate_step"
 SMALLEST_PROBABILITY = 1e-30
 """A smaller one would make importance weights overflow."""
+
+
+REASONS = (
+    "unparsable",
+    *(f"unreadable_{name}" for name in (*SCHEMA.names, REWARD)),
+    "missing_mdp_id",
+    "missing_sequence_number",
+    "missing_event_time",
+    "missing_action",
+    "unknown_action",
+    "action_not_possible",
+    "probability_out_of_range",
+    "non_finite_feature",
+    "non_finite_metric",
+    DUPLICATE,
+)
 
 
 def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:

@@ -17,13 +17,12 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, spark_ddl
-from contracts.job import Data, split_paths
+from contracts.job import REWARD, Data, split_paths
 from contracts.stage import StageError
 
 CORRUPT = "_corrupt_record"
 UNREADABLE = "_unreadable"
 """Name of the first column of a row that is not of its type; null in a row that can be read."""
-REWARD = "reward"
 REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
 _STRINGS = T.MapType(T.StringType(), T.StringType())
@@ -149,7 +148,10 @@ def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: 
         for field in wanted
     }
     if data.state_columns:
-        parts = [F.struct(F.lit(n).alias("k"), read(n, T.DoubleType(), n).alias("v")) for n in data.state_columns]
+        parts = [
+            F.struct(F.lit(name).alias("k"), read("state_features", T.DoubleType(), name).alias("v"))
+            for name in data.state_columns
+        ]
         columns["state_features"] = F.map_from_entries(F.array(*parts))
     if REWARD in known:
         columns["metrics"] = _with_reward(columns["metrics"], read(REWARD, T.DoubleType(), known[REWARD]))

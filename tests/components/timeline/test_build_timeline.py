@@ -43,6 +43,8 @@ def test_rows_in_are_rows_out_plus_quarantined_and_mdps_stay_whole(tmp_path):
     assert record["rows_in"] == 402
     assert record["rows_out"] == 400
     assert record["reasons"] == {"missing_action": 1, "duplicate_step": 1}
+    assert record["out_of_order"] == 0
+    assert "before_its_time" not in pq.read_table(tmp_path / "out" / "transitions").column_names
     quarantined = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
     bad = next(row for row in quarantined if row["quarantine_reason"] == "missing_action")
     assert dict(bad["state_features"]) == {"x": 0.0}
@@ -67,6 +69,24 @@ def test_too_many_rejected_rows_fail_with_a_table_of_reasons_and_examples(tmp_pa
     assert "probability_out_of_range" in text
     assert "e.g. mdp_id m" in text
     assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_decisions_that_lie_before_their_time_are_counted(tmp_path):
+    rows = [ROWS[0], ROWS[40] | {"event_time": "2025-12-31T00:00:00Z"}, ROWS[80]]
+    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["out_of_order"] == 1
+
+
+def test_every_reason_is_counted(tmp_path):
+    """Also one that no list of reasons would name: a row is never lost."""
+    bad = [{"action_probability": "half"}, {"event_time": "soon"}, {"reward": "much"}, {"state_features": {"x": "y"}}]
+    rows = [*ROWS, *[ROWS[0] | {"sequence_number": 100 + i} | change for i, change in enumerate(bad)]]
+    build_timeline(spec(maxQuarantineFraction=0.5), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["rows_in"] == 404
+    assert record["reasons"] == {
+        f"unreadable_{name}": 1 for name in ("action_probability", "event_time", "reward", "state_features")
+    }
 
 
 def test_an_empty_log_is_refused(tmp_path):

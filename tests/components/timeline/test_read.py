@@ -200,6 +200,11 @@ class TestWhatCannotBeRead:
         assert kept["action"] == "left"
         assert str(value if not isinstance(value, dict) else "").lower() in json.dumps(kept[column]).lower()
 
+    def test_a_feature_that_is_a_column_is_named_as_the_state(self, spark, tmp_path):
+        path = jsonl(tmp_path / "log.jsonl", ROW | {"age": "old"}, ROW | {"mdp_id": "fine", "age": 30})
+        rows = with_reason(read_log(spark, path, Data(stateColumns=["age"])), ["left", "right"]).collect()
+        assert {row["mdp_id"]: row[REASON] for row in rows} == {"7": "unreadable_state_features", "fine": None}
+
     def test_lines_that_are_no_json(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
         path.write_text(json.dumps(ROW) + '\n{"mdp_id": "b", "sequ\n[1, 2]\n')
