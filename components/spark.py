@@ -29,6 +29,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     master = os.environ.get("SPARK_MASTER", "local[*]")
     settings = {
         "spark.sql.session.timeZone": "UTC",
+        # A partition's value is what its directory says: 01 is not 1.
+        "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.driver.memory": os.environ.get("SPARK_DRIVER_MEMORY", "2g"),

@@ -45,10 +45,12 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
         dropped: dict[str, str] = {}
         for name in names:
             values = columns[name].drop_null().to_numpy().astype(np.float64)
+            # Spark's count of distinct values is an estimate: where the sample is all there is, its own is exact.
+            distinct = summary[f"distinct {name}"] if fraction < 1 else np.unique(values).size
             evidence = {
                 "count": float(summary[f"count {name}"]),
                 "missing": float(summary["rows"] - summary[f"count {name}"]),
-                "distinct": float(summary[f"distinct {name}"]),
+                "distinct": float(distinct),
             }
             low, high = summary[f"minimum {name}"], summary[f"maximum {name}"]
             override = spec.normalization.overrides.get(name)

@@ -15,7 +15,7 @@ from pyspark.sql.window import WindowSpec
 from components.spark import spark_session
 from components.timeline.describe import describe
 from components.timeline.page import write_page
-from components.timeline.quarantine import DUPLICATE, REASON, REASONS, with_reason
+from components.timeline.quarantine import DUPLICATE, REASON, REASONS, not_finite, with_reason
 from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
 from contracts.job import JobSpec
 from contracts.progress import report
@@ -65,7 +65,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
         report(2, 4, f"{counts['rows']:,} rows")
         rejected = numbered.where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT)).drop(*_HELPERS)
-        if quarantined > spec.data.max_quarantine_fraction * counts["rows"]:
+        if quarantined > spec.data.max_quarantine_fraction * (counts["rows"] - left_out):
             raise StageError(_too_many(rejected, facts, spec, decision_log))
         (rejected if quarantined else rejected.limit(0)).write.parquet(str(directory / "quarantine"))
         report(3, 4, "reconciling")
@@ -140,6 +140,9 @@ def join_outcomes(
     )
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
     joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
+    if readable.where(F.col("ended").isNotNull()).isEmpty():
+        # Nobody tells of ends: the job's lastStep decides.
+        return joined.select(*log.columns), counts
     return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts
 
 
@@ -158,8 +161,9 @@ def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
     """Look over the log: few columns, no row moved."""
     data = spec.data
     keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
-    names = checked.agg(keys).collect()[0][0]
-    lengths = checked.groupBy("mdp_id").agg(F.count("*").alias("length"))
+    finite = ~F.coalesce(F.exists(F.map_values("metrics"), not_finite), F.lit(False))
+    names = checked.where(finite).agg(keys).collect()[0][0]
+    lengths = checked.groupBy("mdp_id").agg(F.count_distinct("sequence_number").alias("length"))
     percentile = F.percentile_approx("length", data.max_length_percentile or 1.0, 10_000)
     has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "")
     most, limit = lengths.where(has_place).agg(F.max("length"), percentile).collect()[0]
@@ -187,7 +191,7 @@ def number_steps(checked: DataFrame, plan: Plan) -> DataFrame:
     # All that follows goes backwards in time, so that rows are sorted for it once: a sum over the rows from one to the
     # MDP's end is linear only over preceding rows.
     backwards = Window.partitionBy("mdp_id").orderBy(
-        F.desc("sequence_number"), F.col(REASON).isNotNull(), "event_time", F.xxhash64("action", "action_probability")
+        F.desc("sequence_number"), F.col(REASON).isNotNull(), "event_time", _all_else(checked)
     )
     has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "") & F.col("sequence_number").isNotNull()
     same = F.lag("sequence_number").over(backwards).eqNullSafe(F.col("sequence_number"))
@@ -209,6 +213,14 @@ def number_steps(checked: DataFrame, plan: Plan) -> DataFrame:
     if plan.longest:
         out = out | (F.col("steps") > plan.longest)
     return rows.withColumn(LEFT_OUT, has_place & out)
+
+
+def _all_else(checked: DataFrame) -> Column:
+    """A hash of the row, so that of two at the same step and instant the same one stays whenever it is asked."""
+    columns: list[Column] = []
+    for name, kind in checked.dtypes:
+        columns += [F.map_keys(name), F.map_values(name)] if kind.startswith("map") else [F.col(name)]
+    return F.xxhash64(*columns)
 
 
 def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFrame:
@@ -276,8 +288,12 @@ def _returns(spec: JobSpec, plan: Plan) -> dict[str, Column]:
         reached = F.count(F.lit(1)).over(frame) == n
         columns[f"returns_{n}"] = F.when(~broken | (whole & reached), over(frame))
     if k := spec.data.reward_timeline_steps:
-        shown = F.when(good, F.coalesce(F.col("metrics"), F.create_map().cast("map<string,double>")))
-        columns["reward_timeline"] = F.reverse(F.collect_list(shown).over(backwards.rowsBetween(1 - k, 0)))
+        logged_metrics = F.coalesce(F.col("metrics"), F.create_map().cast("map<string,double>"))
+        shown = F.struct(cut.alias("cut"), logged_metrics.alias("metrics"))
+        ahead = F.reverse(F.collect_list(shown).over(backwards.rowsBetween(1 - k, 0)))
+        until = F.array_position(F.transform(ahead, lambda step: step["cut"]), True)
+        within = F.when(until > 0, F.slice(ahead, 1, until.cast("int"))).otherwise(ahead)
+        columns["reward_timeline"] = F.transform(within, lambda step: step["metrics"])
     return columns
 
 
@@ -299,8 +315,9 @@ def _too_many(rejected: DataFrame, facts: dict[str, Any], spec: JobSpec, path: s
     table = "\n".join(
         f"  {reason:28} {count:>10,}  e.g. mdp_id {examples.get(reason)}" for reason, count in facts["reasons"].items()
     )
+    used = facts["rows_in"] - facts["rows_left_out"]
     return (
-        f"{path}: {facts['rows_quarantined']:,} of {facts['rows_in']:,} rows were rejected, more than "
+        f"{path}: {facts['rows_quarantined']:,} of {used:,} rows were rejected, more than "
         f"data.maxQuarantineFraction {spec.data.max_quarantine_fraction} allows:\n{table}\n"
         "Mend the log, or raise the limit if these rows may be lost."
     )

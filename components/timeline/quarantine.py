@@ -44,8 +44,8 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
         ("action_not_possible", ~F.coalesce(F.array_contains(possible, F.col("action")), F.lit(False))),
         # Null is a log without propensities; NaN compares greater than any number in Spark.
         ("probability_out_of_range", ~F.col("action_probability").between(F.lit(SMALLEST_PROBABILITY), F.lit(1.0))),
-        ("non_finite_feature", F.exists(F.map_values("state_features"), _not_finite)),
-        ("non_finite_metric", F.exists(F.map_values("metrics"), _not_finite)),
+        ("non_finite_feature", F.exists(F.map_values("state_features"), not_finite)),
+        ("non_finite_metric", F.exists(F.map_values("metrics"), not_finite)),
     ]
     reason = F.coalesce(
         F.when(F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull(), F.lit("unparsable")),
@@ -55,5 +55,5 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
     return log.withColumn(REASON, reason)
 
 
-def _not_finite(value: Column) -> Column:
+def not_finite(value: Column) -> Column:
     return F.isnan(value) | (F.abs(value) == float("inf"))

@@ -23,6 +23,8 @@ from contracts.stage import StageError
 CORRUPT = "_corrupt_record"
 UNREADABLE = "_unreadable"
 """Name of the first column of a row that is not of its type; null in a row that can be read."""
+DAY_MICROSECONDS = 86_400_000_000
+LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
 REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
 _STRINGS = T.MapType(T.StringType(), T.StringType())
@@ -55,6 +57,13 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None) -> DataFr
     known = {ours: theirs for ours, theirs in names.items() if theirs in raw.columns}
     if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
         del known["event_time"]
+    if "event_time" not in known and data.outcome_wait_seconds is not None:
+        raise StageError(
+            f"data.outcomeWaitSeconds: {path} has no event times to count from; name their column in "
+            "data.columns.eventTime, or use all outcomes"
+        )
+    if data.state_columns:
+        known.pop("state_features", None)
     return _conform(raw, known, spark_schema(SCHEMA), data)
 
 
@@ -88,33 +97,58 @@ def _load(spark: SparkSession, text: str, data: Data, field: str) -> DataFrame:
     paths = split_paths(text)
     form: str = data.format
     if form == "table":
-        frames = []
         for name in paths:
             if not spark.catalog.tableExists(name):
                 raise StageError(f"{field} {name}: no such table in Spark's catalog")
-            frames.append(spark.table(name))
-        whole = frames[0]
-        for frame in frames[1:]:
-            whole = whole.unionByName(frame, allowMissingColumns=True)
-        return whole
+        return _union([spark.table(name) for name in paths])
     for path in paths:
         if not _statuses(spark, path):
             raise StageError(f"{field} {path}: no such file or directory")
     form = _form(spark, paths) if form == "auto" else form
-    reader = spark.read
     try:
-        if form == "json":
-            # Everything by its text: a number where a string belongs, or the other way round, loses nothing.
-            return reader.schema(_json_schema(data)).option("columnNameOfCorruptRecord", CORRUPT).json(paths)
-        if form == "csv":
-            return reader.options(header=True, escape='"', multiLine=True).csv(paths)
-        return reader.option("mergeSchema", True).format(form).load(paths)
+        # Each by itself: partitions of several roots have nothing in common for Spark to find.
+        return _union([_load_one(spark, path, form, data) for path in paths])
     except (PySparkException, Py4JJavaError) as error:
         said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
         raise StageError(
             f"{field} {text}: the files cannot be read together as {form}; where a column's type differs between "
             f"files, write them anew with one: {' '.join(said.split())[:600]}"
         ) from None
+
+
+def _load_one(spark: SparkSession, path: str, form: str, data: Data) -> DataFrame:
+    reader = spark.read
+    root = _root(spark, path)
+    if root:
+        reader = reader.option("basePath", root)
+    if form == "json":
+        # Everything by its text: a number where a string belongs, or the other way round, loses nothing.
+        return reader.schema(_json_schema(data)).option("columnNameOfCorruptRecord", CORRUPT).json(path)
+    if form == "csv":
+        # Spark takes one file's header for all of them.
+        reader = reader.options(header=True, escape='"', multiLine=True)
+        by_header: dict[tuple[str, ...], list[str]] = {}
+        for file in reader.csv(path).inputFiles():
+            by_header.setdefault(tuple(reader.csv(file).columns), []).append(file)
+        return _union([reader.csv(files) for files in by_header.values()] or [reader.csv(path)])
+    return reader.option("mergeSchema", True).format(form).load(path)
+
+
+def _union(frames: list[DataFrame]) -> DataFrame:
+    whole = frames[0]
+    for frame in frames[1:]:
+        whole = whole.unionByName(frame, allowMissingColumns=True)
+    return whole
+
+
+def _root(spark: SparkSession, path: str) -> str:
+    """The directory whose partitions are columns: above the first `column=value` of the path, or the path itself."""
+    parts = path.split("/")
+    outer = next((parts[:i] for i, part in enumerate(parts) if "=" in part), None)
+    root = "/".join(outer) if outer is not None else path
+    if not root or any(letter in root for letter in "*?[{"):
+        return ""
+    return root if all(status.isDirectory() for status in _statuses(spark, root)) else ""
 
 
 def _json_schema(data: Data) -> T.StructType:
@@ -178,7 +212,8 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
     elif isinstance(wanted, T.ArrayType):
         value = F.from_json(raw, "array<string>") if isinstance(given, T.StringType) else raw.try_cast("array<string>")
     elif isinstance(wanted, T.TimestampType) and isinstance(given, T.NumericType):
-        value = raw.cast("double").cast("timestamp")  # seconds since 1970
+        # Seconds since 1970.
+        value = F.when(raw.cast("double").between(0, LAST_MICROSECOND / 1e6), raw.cast("double").cast("timestamp"))
     else:
         value = raw.try_cast(wanted)
     return value, raw.isNotNull() & value.isNull()
@@ -191,7 +226,9 @@ def _ordinal(raw: Column, given: T.DataType) -> Column:
     if isinstance(given, T.StringType):
         number = F.coalesce(raw.try_cast("bigint"), _whole(raw.try_cast("double")))
         return F.coalesce(number, F.unix_micros(raw.try_cast("timestamp")))
-    if isinstance(given, (T.DoubleType, T.FloatType, T.DecimalType)):
+    if isinstance(given, T.DecimalType):
+        return F.when(raw == F.floor(raw), raw.try_cast("bigint"))
+    if isinstance(given, (T.DoubleType, T.FloatType)):
         return _whole(raw.cast("double"))
     return raw.try_cast("bigint")
 
@@ -209,11 +246,14 @@ def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
         texts = F.from_json(F.to_json(raw), _STRINGS)
     elif not isinstance(given, T.MapType):
         return F.lit(None).cast("map<string,double>"), raw.isNotNull()
-    present = F.map_filter(texts, lambda _, v: v.isNotNull())
+    # Spark reads a name that is there twice, and fails on it later.
+    twice = F.size(F.map_keys(texts)) != F.size(F.array_distinct(F.map_keys(texts)))
+    present = F.map_filter(F.when(~twice, texts), lambda _, v: v.isNotNull())
     numbers = F.transform_values(present, lambda _, v: v.try_cast("double"))
-    bad = F.exists(F.map_values(numbers), lambda v: v.isNull())
-    named = F.transform_keys(numbers, lambda k, _: k.cast("string"))
-    return named, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
+    bad = twice | F.exists(F.map_values(numbers), lambda v: v.isNull())
+    if isinstance(given, T.MapType) and not isinstance(given.keyType, T.StringType):
+        numbers = F.transform_keys(numbers, lambda k, _: k.cast("string"))
+    return numbers, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
 
 
 def _with_reward(metrics: Column, reward: Column) -> Column:
@@ -224,13 +264,18 @@ def _with_reward(metrics: Column, reward: Column) -> Column:
 
 
 def _made_time(order: Column, raw: DataFrame, data: Data) -> Column:
-    """Times in the order of a log that has none: the partition's day, and a microsecond for each step."""
+    """Times in the order of a log that has none: the partition's day, and a microsecond for each step.
+
+    A sequence number that is a time itself, or a count too long for a day, is taken for microseconds since 1970.
+    """
     day = data.partition.column if data.partition else "ds"
-    micros = F.timestamp_micros(order)
+    micros = F.when(order.between(0, LAST_MICROSECOND), F.timestamp_micros(order))
     if day not in raw.columns:
         return micros
     started = F.unix_micros(F.col(day).cast("string").try_cast("timestamp"))
-    return F.coalesce(F.timestamp_micros(started + order), micros)
+    return F.when(
+        order.between(0, DAY_MICROSECONDS) & started.isNotNull(), F.timestamp_micros(started + order)
+    ).otherwise(micros)
 
 
 def _statuses(spark: SparkSession, path: str) -> list[Any]:
@@ -243,9 +288,7 @@ def _form(spark: SparkSession, paths: list[str]) -> str:
     """The format that file names tell, one directory down if need be; Parquet when they tell nothing."""
     for path in paths:
         for status in _statuses(spark, path):
-            names = [status.getPath().getName()]
-            if status.isDirectory():
-                names += _names_below(spark, status)
+            names = _names_below(spark, status) if status.isDirectory() else [status.getPath().getName()]
             for name in names:
                 stem = name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".zst")
                 if form := next((form for suffix, form in SUFFIXES.items() if stem.endswith(suffix)), None):
@@ -257,6 +300,8 @@ def _names_below(spark: SparkSession, directory: Any, depth: int = 3) -> list[st
     path = directory.getPath()
     names = []
     for status in path.getFileSystem(spark._jsc.hadoopConfiguration()).listStatus(path):
+        if status.getPath().getName().startswith(("_", ".")):
+            continue
         if not status.isDirectory():
             names.append(status.getPath().getName())
         elif depth and not names:

@@ -289,12 +289,40 @@ class TestReturnsAhead:
             (0, False), (1, True), (3, False), (4, False),
         ]  # fmt: skip
 
+    def test_metrics_to_come_end_where_the_log_breaks_off(self, followed):
+        rows = followed(
+            *[decision(step=i, metrics={"reward": float(i)}) for i in (0, 1)],
+            decision(step=2, action=None), decision(step=3, metrics={"reward": 3.0}),
+            data={"rewardTimelineSteps": 4},
+        )  # fmt: skip
+        ahead = [[metrics["reward"] for metrics in row["reward_timeline"]] for row in rows]
+        assert ahead == [[0, 1], [1], [3]]
+
     def test_metrics_to_come_in_their_order(self, followed):
         rows = followed(
             *[decision(step=i, metrics={"reward": float(i)}) for i in range(4)], data={"rewardTimelineSteps": 3}
         )
         ahead = [[metrics["reward"] for metrics in row["reward_timeline"]] for row in rows]
         assert ahead == [[0, 1, 2], [1, 2, 3], [2, 3], [3]]
+
+
+def test_outcomes_that_tell_of_no_end_leave_the_last_step_to_the_job(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision()]))
+    (tmp_path / "outcomes.jsonl").write_text(
+        json.dumps({"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 1.0}}) + "\n"
+    )
+    frame, _ = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
+    assert "ended" not in frame.columns
+
+
+def test_of_two_rows_alike_but_for_their_metrics_the_same_one_stays(checked):
+    rows = [decision(metrics={"reward": float(i)}) for i in range(6)]
+    kept = [
+        [r["metrics"]["reward"] for r in checked(*order).where(f"{REASON} is null").collect()]
+        for order in (rows, rows[::-1], rows[3:] + rows[:3])
+    ]
+    assert kept[0] == kept[1] == kept[2]
+    assert len(kept[0]) == 1
 
 
 def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path):

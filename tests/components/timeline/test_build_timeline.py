@@ -89,6 +89,13 @@ def test_every_reason_is_counted(tmp_path):
     }
 
 
+def test_the_limit_is_a_share_of_the_rows_that_the_job_uses(tmp_path):
+    broken = [row | {"action_probability": 2.0} if i % 2 else row for i, row in enumerate(ROWS)]
+    limits = {"sampleFraction": 0.2, "maxQuarantineFraction": 0.3}
+    with pytest.raises(StageError, match="rows were rejected"):
+        build_timeline(spec(**limits), write(tmp_path / "log.jsonl", broken), None, tmp_path / "out")
+
+
 def test_an_empty_log_is_refused(tmp_path):
     with pytest.raises(StageError, match="the log is empty"):
         build_timeline(spec(), write(tmp_path / "log.jsonl", []), None, tmp_path / "out")

@@ -100,6 +100,28 @@ class TestTheForms:
         assert [row["mdp_id"] for row in read(spark, ",".join(paths[:2]))] == ["a", "b"]
         assert [row["mdp_id"] for row in read(spark, f"{tmp_path}/[bc].jsonl")] == ["b", "c"]
 
+    def test_several_partitioned_roots_and_globs_over_partitions(self, spark, tmp_path):
+        for root in ("decisions", "backfill"):
+            for day in ("2026-01-01", "2026-01-02"):
+                jsonl(tmp_path / root / f"ds={day}" / "part.json", ROW | {"mdp_id": f"{root} {day}"})
+            (tmp_path / root / "_SUCCESS").touch()
+        window = {"first": "2026-01-02", "last": "2026-01-02"}
+        both = f"{tmp_path}/decisions,{tmp_path}/backfill"
+        assert [r["mdp_id"] for r in read(spark, both, partition=window)] == [
+            "backfill 2026-01-02",
+            "decisions 2026-01-02",
+        ]
+        found = read(spark, f"{tmp_path}/decisions/ds=2026-01-0[12]", partition=window)
+        assert [row["mdp_id"] for row in found] == ["decisions 2026-01-02"]
+
+    def test_csv_files_whose_columns_stand_in_another_order(self, spark, tmp_path):
+        (tmp_path / "log").mkdir()
+        (tmp_path / "log" / "a.csv").write_text("mdp_id,sequence_number,action\na,1,left\n")
+        (tmp_path / "log" / "b.csv").write_text("action,reward,mdp_id,sequence_number\nright,2.5,b,1\n")
+        first, second = read(spark, str(tmp_path / "log"))
+        assert (first["mdp_id"], first["action"], first["metrics"]) == ("a", "left", None)
+        assert (second["mdp_id"], second["action"], second["metrics"]) == ("b", "right", {"reward": 2.5})
+
     def test_a_missing_one_of_several_is_named(self, spark, tmp_path):
         path = jsonl(tmp_path / "log.jsonl", ROW)
         with pytest.raises(StageError, match=r"data\.decisionLog .*nowhere: no such file"):
@@ -162,6 +184,25 @@ class TestTheColumns:
         first, second = read(spark, jsonl(tmp_path / "log.jsonl", *rows))
         assert first["event_time"] < second["event_time"]
 
+    def test_a_sequence_number_that_is_a_time_is_the_time_of_a_log_without(self, spark, tmp_path):
+        row = {"mdp_id": "a", "sequence_number": "2026-01-01T12:00:00Z", "action": "left", "ds": "2026-01-01"}
+        [found] = read(spark, jsonl(tmp_path / "log.jsonl", row))
+        assert found["event_time"] == datetime(2026, 1, 1, 12)
+        [found] = read(spark, jsonl(tmp_path / "log.jsonl", row | {"sequence_number": 2**62}))
+        assert found["event_time"] is None, "no year that anybody lives to see"
+
+    def test_a_wait_for_outcomes_needs_event_times(self, spark, tmp_path):
+        path = jsonl(tmp_path / "log.jsonl", {"mdp_id": "a", "sequence_number": 1, "action": "left"})
+        with pytest.raises(StageError, match=r"data\.outcomeWaitSeconds: .* has no event times"):
+            read(spark, path, outcomeWaitSeconds=60)
+
+    def test_large_decimals_keep_every_digit(self, spark, tmp_path):
+        numbers = pa.array([1767225600000000001, 1767225600000000002], pa.uint64())
+        pq.write_table(
+            pa.table({"mdp_id": ["a", "a"], "sequence_number": numbers, "action": ["l", "l"]}), tmp_path / "l.parquet"
+        )
+        assert [row["sequence_number"] for row in read(spark, str(tmp_path / "l.parquet"))] == numbers.to_pylist()
+
     def test_a_metric_of_the_name_reward_counts_for_more_than_the_column(self, spark, tmp_path):
         [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW | {"reward": 1.0, "metrics": {"reward": 3.0}}))
         assert row["metrics"] == {"reward": 3.0}
@@ -204,6 +245,12 @@ class TestWhatCannotBeRead:
         path = jsonl(tmp_path / "log.jsonl", ROW | {"age": "old"}, ROW | {"mdp_id": "fine", "age": 30})
         rows = with_reason(read_log(spark, path, Data(stateColumns=["age"])), ["left", "right"]).collect()
         assert {row["mdp_id"]: row[REASON] for row in rows} == {"7": "unreadable_state_features", "fine": None}
+
+    def test_a_name_that_is_there_twice(self, spark, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text(json.dumps(ROW).replace('{"clicks": 2.0}', '{"clicks": 1, "clicks": 2}') + "\n")
+        [row] = with_reason(read_log(spark, str(path)), ["left", "right"]).collect()
+        assert row[REASON] == "unreadable_metrics"
 
     def test_lines_that_are_no_json(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
