@@ -81,6 +81,8 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
         (directory / "understanding.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
         facts |= {name: document[name] for name in ("checks", "transitions", "mdps", "steady")}
+        told = [f"{name.replace('_', ' ')} {check['verdict']}" for name, check in document["checks"].items()]
+        report(1, 1, ", ".join(told))
         for name in settings.require:
             check = document["checks"][name]
             if check["verdict"] != "pass":
@@ -129,7 +131,6 @@ def _examine(data: Outcomes, mdp_ids: list[str], steps: int, seed: int) -> dict[
     likely, _ = errors(second, data.state, data.action, likely_before(data, first, steps, seed))
     before, _ = errors(second, data.state, data.action, data.before)
     gains["markov"] = shares(likely - before, nothing, mdp)
-    report(5, 5)
     checks = {name: judge(name, gains[name], data.names) for name in UNDERSTANDING_CHECKS}
     if len(data.action.sum(0).nonzero()) < 2:
         checks["action_effect"] = _unknown("one action alone is in the log: nothing else was tried")
