@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -58,9 +57,7 @@ def timeline(log: str, output: str) -> None:
 def measure(what: str, log: str, output: str) -> None:
     started = time.perf_counter()
     {"bare": bare, "timeline": timeline}[what](log, output)
-    seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "megabytes": memory}))
+    print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
 def main() -> None:
@@ -78,21 +75,18 @@ def main() -> None:
         log = str(Path(directory) / "log")
         generate(log, arguments.rows, arguments.features, arguments.skew)
         seconds: dict[str, list[float]] = {"bare": [], "timeline": []}
-        memory: dict[str, list[float]] = {"bare": [], "timeline": []}
         for _ in range(arguments.repeats):
             for what in seconds:
                 output = str(Path(directory) / what)
                 shutil.rmtree(output, ignore_errors=True)
                 command = [sys.executable, __file__, "--measure", what, log, output]
                 done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-                found = json.loads(done.stdout.splitlines()[-1])
-                seconds[what].append(found["seconds"])
-                memory[what].append(found["megabytes"])
+                seconds[what].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
         ratios = [a / b for a, b in zip(seconds["timeline"], seconds["bare"], strict=True)]
         print(f"{arguments.rows:,} rows x {arguments.features} features, skew {arguments.skew:g}")
         for what in seconds:
             median, least, most = statistics.median(seconds[what]), min(seconds[what]), max(seconds[what])
-            print(f"  {what:9} {median:7.1f} s [{least:.1f}, {most:.1f}]  peak {max(memory[what]):,.0f} MB")
+            print(f"  {what:9} {median:7.1f} s [{least:.1f}, {most:.1f}]")
         print(f"  ratio     {statistics.median(ratios):7.2f}   [{min(ratios):.2f}, {max(ratios):.2f}]")
 
 

@@ -73,11 +73,16 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     tell(compact(record | facts, output))
 
 
+def message(record: dict[str, Any]) -> str:
+    """A finished stage's facts in one line for people; empty for a stage that has none."""
+    with suppress(KeyError):
+        return _MESSAGES[record["stage"]](record)
+    return ""
+
+
 def compact(record: dict[str, Any], output: str | Path) -> dict[str, Any]:
     """What a controller is told of a finished stage: its record in a few fields."""
-    told = {"stage": record["stage"], "status": record["status"], "message": "", "retryable": False}
-    with suppress(KeyError):
-        told["message"] = _MESSAGES[record["stage"]](record)
+    told = {"stage": record["stage"], "status": record["status"], "message": message(record), "retryable": False}
     # KFP's launcher keeps what belongs at scheme://bucket/key below /scheme/bucket/key.
     _, scheme, *key = Path(output).absolute().parts
     if scheme in ("minio", "s3", "gcs"):

@@ -158,7 +158,7 @@ class Plan:
 
 
 def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
-    """Look over the log: few columns, no row moved."""
+    """Look over the log: its metrics, and the keys of its rows."""
     data = spec.data
     keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
     finite = ~F.coalesce(F.exists(F.map_values("metrics"), not_finite), F.lit(False))

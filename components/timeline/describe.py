@@ -27,12 +27,14 @@ def describe(transitions: DataFrame) -> dict[str, Any]:
         .cache()
     )
     totals = mdps.agg(F.sum("over_days"), F.max(F.struct("length", "mdp_id"))).collect()[0]
-    rows = transitions.agg(
-        F.count("*"), F.sum(F.col("truncated").cast("int")), F.sum(F.col("terminal").cast("int"))
+    rows, truncated, terminal, names = transitions.agg(
+        F.count("*"),
+        F.sum(F.col("truncated").cast("int")),
+        F.sum(F.col("terminal").cast("int")),
+        F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics")))),
     ).collect()[0]
-    keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
-    metrics = sorted(transitions.agg(keys).collect()[0][0])
-    sample = transitions.sample(fraction=COVERAGE_ROWS / rows[0], seed=0) if rows[0] > COVERAGE_ROWS else transitions
+    metrics = sorted(names)
+    sample = transitions.sample(fraction=COVERAGE_ROWS / rows, seed=0) if rows > COVERAGE_ROWS else transitions
     present = sample.select(F.explode("state_features")).where(F.col("value").isNotNull())
     coverage = present.groupBy("key").count().orderBy("key").collect()
     sampled = sample.count()
@@ -40,8 +42,8 @@ def describe(transitions: DataFrame) -> dict[str, Any]:
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}
     found = histograms(transitions, values | {"propensity": F.col("action_probability")})
     return {
-        "truncated": rows[1],
-        "terminal": rows[2],
+        "truncated": truncated,
+        "terminal": terminal,
         "mdps_over_days": totals[0],
         "largest_mdp": {"mdp_id": totals[1]["mdp_id"], "rows": int(totals[1]["length"])},
         "actions": {row["action"]: row["count"] for row in actions},

@@ -26,7 +26,7 @@ from components.understanding.page import write_page
 from contracts.hashing import unit_interval
 from contracts.job import REWARD, UNDERSTANDING_CHECKS, JobSpec
 from contracts.progress import report
-from contracts.stage import StageError, stage
+from contracts.stage import StageError, message, stage
 
 LEVEL = 0.95
 """Of the intervals, over all outcomes of a check together (Bonferroni)."""
@@ -81,8 +81,7 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
         (directory / "understanding.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
         facts |= {name: document[name] for name in ("checks", "transitions", "mdps", "steady")}
-        told = [f"{name.replace('_', ' ')} {check['verdict']}" for name, check in document["checks"].items()]
-        report(1, 1, ", ".join(told))
+        report(1, 1, message({"stage": "understanding"} | facts))
         for name in settings.require:
             check = document["checks"][name]
             if check["verdict"] != "pass":

@@ -229,10 +229,12 @@ class Controller:
             found += [
                 n["message"] for n in nodes.values() if n.get("message") and n.get("phase") in ("Pending", "Error")
             ]
-        for job in jobs:
-            if has_ended(job) or (job.get("status") or {}).get("active"):
-                continue
-            found += [e["message"] for e in self._events(namespace, "FailedCreate", {job["metadata"]["name"]})]
+        idle = {
+            job["metadata"]["name"]
+            for job in jobs
+            if not has_ended(job) and not (job.get("status") or {}).get("active")
+        }
+        found += [event["message"] for event in self._events(namespace, "FailedCreate", idle)]
         return found + self._told_of_pods(namespace, pods)
 
     def _told_of_pods(self, namespace: str, pods: list[Object]) -> list[str]:
