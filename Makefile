@@ -5,16 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 OTHER_KFP := .venv-kfp
+OTHER_ENGINES := .venv-bench
 JOB ?= manifests/examples/cartpole.yaml
 DOCKER ?= docker
 REGISTRY ?= ghcr.io/bluewhale-rl
 TAG ?= 0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test bench lint format crds images lock clean
+.PHONY: help install run open-bandit test bench lint format crds images lock clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed $(TRITON)/.installed .make/system ## Set up .venv and .triton, and what is missing from apt
 
@@ -24,8 +25,16 @@ run: install ## Set up, then run the example job (or JOB=path/to/job.yaml)
 test: install $(OTHER_KFP)/.installed ## Set up, then run the whole test suite
 	BLUEWHALE_OTHER_KFP=$(CURDIR)/$(OTHER_KFP)/bin/python $(BIN)/python -m pytest
 
-bench: install ## Measure the timeline against the bare shuffle of the same rows (ROWS=1000000)
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000)
+open-bandit: install ## Fetch real data, run manifests/examples/open-bandit.yaml on it, compare with what was really got
+	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py prepare
+	$(BIN)/bluewhale run manifests/examples/open-bandit.yaml || test $$? -eq 3  # 3: the gate stopped the policy
+	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py compare
+
+bench: install $(OTHER_ENGINES)/.installed ## Measure timeline and normalization against bare jobs and other engines (ROWS, REPEATS)
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats $(or $(REPEATS),3) \
+	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --repeats $(or $(REPEATS),2)
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -49,7 +58,7 @@ lock: $(VENV)/.installed ## Write constraints.txt from what is installed
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## Remove runs, environments and caches
-	rm -rf $(VENV) $(OTHER_KFP) $(TRITON) .make runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
+	rm -rf $(VENV) $(OTHER_KFP) $(OTHER_ENGINES) $(TRITON) .make runs data *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis spark-warehouse
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Java for Spark, Prometheus for the canary, Redis for a test.
@@ -69,6 +78,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(OTHER_KFP)/.installed:
 	$(PYTHON) -m venv $(OTHER_KFP)
 	$(OTHER_KFP)/bin/pip install --quiet --disable-pip-version-check 'kfp==2.16.*'
+	@touch $@
+
+# What the timeline is compared with.
+$(OTHER_ENGINES)/.installed:
+	$(PYTHON) -m venv $(OTHER_ENGINES)
+	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check duckdb==2.0.1 polars==2.1.0
 	@touch $@
 
 # The Triton server itself comes in the wheel of pytriton. The wheel wants numpy 1, and Triton's Python backend is built

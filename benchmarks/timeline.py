@@ -1,8 +1,10 @@
 """How long the timeline takes, next to the bare Spark job that reads, shuffles by MDP, sorts and writes the same rows.
 
     python benchmarks/timeline.py --rows 1000000 --features 50 --repeats 3
+    python benchmarks/timeline.py --rows 1000000 10000000 --against duckdb polars --python .venv-bench/bin/python
 
-Each measurement is a process of its own, the two taking turns; printed are seconds and the ratio of each pair.
+Each measurement is a process of its own, JVM and imports included; they take turns. Printed are seconds, the most
+memory, and the ratio of seconds to the bare job of the same turn, as median and range.
 """
 
 from __future__ import annotations
@@ -14,22 +16,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from pyspark.sql import functions as F
-
-from components.spark import spark_session
-from components.timeline.build import build_timeline
-from contracts.job import JobSpec
+from benchmarks.measure import Measured, measure
 
 LENGTH = 50  # decisions of an MDP, on average
+OURS = ("bare", "timeline", "full rows")
+OTHERS = {name: Path(__file__).with_name(f"timeline_{name}.py") for name in ("duckdb", "polars")}
 
 
 def generate(path: str, rows: int, features: int, skew: float) -> None:
     """A log of normal features, two metrics and two actions; one MDP holds the share `skew` of all rows."""
+    from pyspark.sql import functions as F
+
+    from components.spark import spark_session
+
     with spark_session("generate") as spark:
-        log = spark.range(rows)
+        log = spark.range(0, rows, 1, max(2, rows // 500_000))
         giant = F.rand(1) < skew
         mdp = F.when(giant, F.lit(-1)).otherwise(F.pmod(F.xxhash64("id"), F.lit(max(rows // LENGTH, 1))))
         pairs = [part for i in range(features) for part in (F.lit(f"f{i}"), F.randn(i))]
@@ -45,49 +48,93 @@ def generate(path: str, rows: int, features: int, skew: float) -> None:
 
 
 def bare(log: str, output: str) -> None:
+    from components.spark import spark_session
+
     with spark_session("bare") as spark:
         rows = spark.read.parquet(log).repartition("mdp_id").sortWithinPartitions("mdp_id", "sequence_number")
         rows.write.parquet(output)
 
 
-def timeline(log: str, output: str) -> None:
-    build_timeline(JobSpec.model_validate({"actions": ["left", "right"]}), log, None, output)
+def timeline(log: str, output: str, full: bool = False) -> None:
+    from components.timeline.build import build_timeline
+    from contracts.job import JobSpec
+
+    job = {"actions": ["left", "right"], "data": {"fullRows": full}}
+    build_timeline(JobSpec.model_validate(job), log, None, output)
 
 
-def measure(what: str, log: str, output: str) -> None:
-    started = time.perf_counter()
-    {"bare": bare, "timeline": timeline}[what](log, output)
-    print(json.dumps({"seconds": time.perf_counter() - started}))
+def run(what: str, log: str, output: str) -> None:
+    """One measurement's work."""
+    if what == "bare":
+        bare(log, output)
+    else:
+        timeline(log, output, full=what == "full rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--features", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skew", type=float, default=0.0, help="share of all rows that one MDP holds")
+    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
+    parser.add_argument("--against", nargs="*", choices=sorted(OTHERS), default=[])
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has duckdb and polars")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure)
+        run(*arguments.measure)
         return
-    with tempfile.TemporaryDirectory() as directory:
-        log = str(Path(directory) / "log")
-        generate(log, arguments.rows, arguments.features, arguments.skew)
-        seconds: dict[str, list[float]] = {"bare": [], "timeline": []}
-        for _ in range(arguments.repeats):
-            for what in seconds:
-                output = str(Path(directory) / what)
-                shutil.rmtree(output, ignore_errors=True)
-                command = [sys.executable, __file__, "--measure", what, log, output]
-                done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-                seconds[what].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
-        ratios = [a / b for a, b in zip(seconds["timeline"], seconds["bare"], strict=True)]
-        print(f"{arguments.rows:,} rows x {arguments.features} features, skew {arguments.skew:g}")
-        for what in seconds:
-            median, least, most = statistics.median(seconds[what]), min(seconds[what]), max(seconds[what])
-            print(f"  {what:9} {median:7.1f} s [{least:.1f}, {most:.1f}]")
-        print(f"  ratio     {statistics.median(ratios):7.2f}   [{min(ratios):.2f}, {max(ratios):.2f}]")
+    everything = []
+    for rows in arguments.rows:
+        with tempfile.TemporaryDirectory() as directory:
+            log, output = str(Path(directory) / "log"), str(Path(directory) / "output")
+            # In a process of its own: a JVM that is there already would be warm.
+            call = f"generate({log!r}, {rows}, {arguments.features}, {arguments.skew})"
+            code = f"from benchmarks.timeline import generate; {call}"
+            subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+            found: dict[str, list[Measured | None]] = {}
+            for _ in range(arguments.repeats):
+                for what in (*arguments.ours, *arguments.against):
+                    command = [sys.executable, __file__, "--measure", what, log, output]
+                    if what in OTHERS:
+                        command = [arguments.python, str(OTHERS[what]), log, output]
+                    found.setdefault(what, []).append(measure(command))
+                    remove(output)
+        everything += report(rows, arguments.features, arguments.skew, found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(everything, indent=2))
+
+
+def remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    Path(path).unlink(missing_ok=True)
+
+
+def report(rows: int, features: int, skew: float, found: dict[str, list[Measured | None]]) -> list[dict[str, object]]:
+    """Print and return the figures of one log."""
+    print(f"{rows:,} rows x {features} features" + (f", one MDP with {skew:.0%} of the rows" if skew else ""))
+    figures = []
+    for what, runs in found.items():
+        finished = [m for m in runs if m]
+        if not finished:
+            print(f"  {what:10} did not finish")
+            continue
+        seconds = sorted(m.seconds for m in finished)
+        memory = max(m.gibibytes for m in finished)
+        ratios = [m.seconds / b.seconds for m, b in zip(runs, found.get("bare", []), strict=False) if m and b]
+        ratio = f"{statistics.median(ratios):5.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else ""
+        median = statistics.median(seconds)
+        print(
+            f"  {what:10} {median:7.1f} s [{seconds[0]:.1f}, {seconds[-1]:.1f}]  {memory:5.1f} GiB  "
+            f"{1e6 * median / rows:6.1f} us a row  {ratio}",
+            flush=True,
+        )
+        figures.append(
+            {"rows": rows, "skew": skew, "what": what, "seconds": seconds, "gibibytes": memory, "ratios": ratios}
+        )
+    return figures
 
 
 if __name__ == "__main__":

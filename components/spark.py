@@ -35,14 +35,18 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         "spark.ui.showConsoleProgress": "false",
         "spark.driver.memory": os.environ.get("SPARK_DRIVER_MEMORY", "2g"),
         "spark.driver.extraJavaOptions": "-Duser.timezone=UTC",
+        # A column of continuous numbers is no dictionary, and Parquet should see that soon: it tries one for each of
+        # hundreds of columns, by default up to a mebibyte.
+        "spark.hadoop.parquet.dictionary.page.size": str(64 * 1024),
     }
     if master.startswith("k8s://"):
         settings |= executor_settings(os.environ, Path(tempfile.mkdtemp(prefix="spark-")) / "executor.yaml")
     else:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     if master.startswith("local"):
-        # Small jobs on one machine: as many partitions as cores, no listening on outside addresses.
-        settings["spark.sql.shuffle.partitions"] = str(os.cpu_count())
+        # Partitions that fit into memory when rows are many; Spark joins them again when rows are few.
+        settings["spark.sql.shuffle.partitions"] = "64"
+        # No listening on outside addresses.
         settings["spark.driver.bindAddress"] = "127.0.0.1"
         settings["spark.driver.host"] = "127.0.0.1"
     builder = SparkSession.builder.appName(f"bluewhale-{name}").master(master)

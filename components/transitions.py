@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from contracts.hashing import unit_interval
-from contracts.job import JobSpec
+from contracts.job import JobSpec, Reward
 from contracts.stage import StageError, read_record
+from contracts.transitions import STATE_PREFIX
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Transitions:
     possible: np.ndarray  # bool [N, A], actions possible at the decision
     metrics: np.ndarray  # float32 [N, M]
     returns: np.ndarray  # float32 [N, M], discounted sums to the MDP's last logged step
+    time_diff: (
+        np.ndarray
+    )  # float64 [N], from a decision to the next, in units of sequence_number; NaN where none is known
     terminal: np.ndarray  # bool [N]
     truncated: np.ndarray  # bool [N], what followed is not known: no transition to learn from
     ordinal: np.ndarray  # int64 [N], 1-based place among all decisions of the MDP, rejected ones counted
@@ -42,6 +46,21 @@ class Transitions:
         """int64 [N]: the row of the next state; a row without one points to itself."""
         rows = np.arange(len(self))
         return np.where(self.terminal | self.truncated, rows, np.minimum(rows + 1, len(self) - 1))
+
+    def discount(self, reward: Reward) -> np.ndarray:
+        """float32 [N]: what a value at the next decision counts for at this one; any number where there is none."""
+        if not reward.discount_interval:
+            return np.full(len(self), reward.discount, np.float32)
+        return np.power(reward.discount, np.nan_to_num(self.time_diff) / reward.discount_interval).astype(np.float32)
+
+    def discount_from_start(self, reward: Reward) -> np.ndarray:
+        """float64 [N]: what a value at each row counts for at the first row of its MDP."""
+        first = np.diff(self.mdp, prepend=-1) != 0
+        steps = np.ones(len(self)) if not reward.discount_interval else self.time_diff / reward.discount_interval
+        # What lies between a row and the one before it; where a row was rejected, nothing is known of it.
+        since = np.where(first, 0.0, np.nan_to_num(np.roll(steps, 1)))
+        elapsed = np.cumsum(since)
+        return np.asarray(reward.discount ** (elapsed - elapsed[np.flatnonzero(first)][np.cumsum(first) - 1]))
 
     def reward(self, weights: dict[str, float]) -> np.ndarray:
         """float32 [N]: dot product of metrics and weights; `StageError` for a metric that the log does not have."""
@@ -67,6 +86,7 @@ class Transitions:
             "possible",
             "metrics",
             "returns",
+            "time_diff",
             "terminal",
             "truncated",
             "ordinal",
@@ -90,7 +110,12 @@ class Transitions:
 
 
 def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
-    """Read the features stage's training data."""
+    """Read the features stage's training data; `StageError` for actions that are not discrete."""
+    if spec.action_space != "discrete":
+        raise StageError(
+            f"actionSpace {spec.action_space}: timeline, features and normalization take such actions, but no "
+            "algorithm here learns them yet: set actionSpace: discrete and name the actions"
+        )
     names: list[str] = read_record(features)["features"]
     table = ds.dataset(Path(features) / "training", format="parquet").to_table()
     table = table.sort_by([("mdp_id", "ascending"), ("ordinal", "ascending")])
@@ -113,12 +138,13 @@ def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
         features=names,
         actions=list(spec.actions),
         metric_names=metric_names,
-        state=np.stack([_floats(table[f"state_{name}"]) for name in names], 1).astype(np.float32),
+        state=np.stack([_floats(table[STATE_PREFIX + name]) for name in names], 1).astype(np.float32),
         action=action.astype(np.int64),
         propensity=_floats(table["action_probability"]),
         possible=possible,
         metrics=metrics,
         returns=returns,
+        time_diff=_floats(table["time_diff"]),
         terminal=table["terminal"].to_numpy(),
         truncated=table["truncated"].to_numpy(),
         ordinal=table["ordinal"].to_numpy().astype(np.int64),

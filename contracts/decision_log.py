@@ -20,6 +20,17 @@ SCHEMA = pa.schema(
     metadata={"bluewhale.decision_log.version": str(SCHEMA_VERSION)},
 )
 
+_FEATURES = pa.map_(pa.string(), pa.float64())
+
+
+def schema(action_space: str = "discrete") -> pa.Schema:
+    """The log's columns where actions are `discrete` (a name), `parametric` or `continuous` (numbers by name)."""
+    if action_space == "discrete":
+        return SCHEMA
+    described = {"action": _FEATURES, "possible_actions": pa.list_(_FEATURES)}
+    return pa.schema([f.with_type(described.get(f.name, f.type)) for f in SCHEMA], metadata=SCHEMA.metadata)
+
+
 OUTCOMES_SCHEMA = pa.schema(
     [
         SCHEMA.field("mdp_id"),
@@ -38,8 +49,9 @@ _SPARK_TYPES = {
     pa.float64(): "double",
     pa.bool_(): "boolean",
     pa.timestamp("us", tz="UTC"): "timestamp",
-    pa.map_(pa.string(), pa.float64()): "map<string,double>",
+    _FEATURES: "map<string,double>",
     pa.list_(pa.string()): "array<string>",
+    pa.list_(_FEATURES): "array<map<string,double>>",
 }
 
 

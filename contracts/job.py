@@ -100,6 +100,61 @@ class Partition(Model):
         return self
 
 
+def split_paths(text: str) -> list[str]:
+    """The paths of a log: several are separated by commas."""
+    return [path for path in (part.strip() for part in text.split(",")) if path]
+
+
+def place_paths(text: str, root: str | PurePath) -> str:
+    """The same paths, relative ones below `root`; URIs stay as they are."""
+    return ",".join(path if "://" in path else str(PurePath(root) / path) for path in split_paths(text))
+
+
+class OnlineStore(Model):
+    """Feast's online store; any further keys of that store's configuration are passed on as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str = Field("sqlite", description="Feast's name of the store: `sqlite`, `redis`, ...")
+
+
+class Features(Model):
+    """State features by Feast: the user's own feature service, or one made of the state in the log."""
+
+    repository: str | None = Field(
+        None, description="Directory of a Feast repository (feature_store.yaml and definitions) that holds `service`."
+    )
+    service: str | None = Field(
+        None, description="Feature service whose values are joined to each decision, as they were known at its time."
+    )
+    keys: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], max_length=16, description="Columns of the log that are join keys of the service, besides `mdp_id`."
+    )
+    action_key: str | None = Field(
+        None, description="Join key that stands for the action taken: features joined by it describe the action."
+    )
+    ttl_seconds: int = Field(
+        86_400, ge=1, description="Of the log's own state: a value older than this at the decision is missing."
+    )
+    project: str = Field(
+        "bluewhale",
+        pattern="^[A-Za-z0-9][A-Za-z0-9_]*$",
+        max_length=63,
+        description="Feast's project of the log's own state: jobs that share an online store and are not of one "
+        "service need one each.",
+    )
+    online_store: OnlineStore = Field(
+        OnlineStore(), description="Where Feast keeps the newest values of the log's own state."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Features:
+        if bool(self.repository) != bool(self.service):
+            raise ValueError("repository and service go together: set both, or neither to use the log's own state")
+        if (self.keys or self.action_key) and not self.service:
+            raise ValueError("keys and actionKey are join keys of a service: set repository and service too")
+        return self
+
+
 class Data(Model):
     """The logged decisions, and what of them is used."""
 
@@ -143,28 +198,26 @@ class Data(Model):
         description="What an MDP's last logged step is: its end, a cut by the log's window, or what the log's own "
         "boolean column `truncated` says.",
     )
+    full_rows: bool = Field(
+        False,
+        description="Write the next state with every row, in columns `next_state_<feature>`: twice the bytes, for "
+        "tools that read single rows. Training finds it in the next row.",
+    )
     max_quarantine_fraction: float = Field(0.01, ge=0, le=1, description="Fail when more rows than this are rejected.")
     holdout_fraction: Fraction = Field(0.3, description="Share of MDPs kept out of training, for evaluation.")
+    features: Features = Features()
 
-
-class OnlineStore(Model):
-    """Feast's online store; any further keys of that store's configuration are passed on as they are."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str = Field("sqlite", description="Feast's name of the store: `sqlite`, `redis`, ...")
-
-
-class Features(Model):
-    """State features, joined point in time."""
-
-    ttl_seconds: int = Field(86_400, ge=1, description="A feature value older than this at the decision is missing.")
-    project: str = Field(
-        "bluewhale",
-        pattern="^[A-Za-z0-9][A-Za-z0-9_]*$",
-        max_length=63,
-        description="Feast's project: jobs that share an online store and are not of one service need one each.",
-    )
-    online_store: OnlineStore = Field(OnlineStore(), description="Where Feast keeps each feature's newest value.")
+    def placed(self, root: str | PurePath) -> Data:
+        """The same with its relative paths below `root`; a table's name is no path."""
+        paths = {name: getattr(self, name) for name in ("decision_log", "outcomes")}
+        if self.format == "table":
+            del paths["decision_log"]
+        changed: dict[str, Any] = {name: place_paths(text, root) for name, text in paths.items() if text}
+        if self.features.repository:
+            changed["features"] = self.features.model_copy(
+                update={"repository": place_paths(self.features.repository, root)}
+            )
+        return self.model_copy(update=changed)
 
 
 class Reward(Model):
@@ -174,6 +227,10 @@ class Reward(Model):
         {"reward": 1.0}, min_length=1, description="Reward = dot product of these and the logged metrics."
     )
     discount: float = Field(0.99, ge=0, le=1, description="Discount per step.")
+    discount_interval: Positive | None = Field(
+        None,
+        description="Discount by time, not by step: discount ^ (time_diff / interval), in units of sequence_number.",
+    )
 
 
 FeatureType = Literal["binary", "probability", "continuous", "box_cox", "quantile", "enum"]
@@ -190,6 +247,9 @@ class Normalization(Model):
         0.999, ge=0, le=1, description="A feature that is missing in more of the rows is dropped, and reported."
     )
     sample_rows: int = Field(100_000, ge=100, description="Rows sampled for the tests of normality.")
+    presence: bool = Field(
+        False, description="Tell the network, by one more input each, of features that are missing in some rows."
+    )
     overrides: dict[str, FeatureType] = Field({}, description="Types set by hand, by feature.")
 
 
@@ -415,13 +475,17 @@ class Schedule(Model):
 class JobSpec(Model):
     """What to learn from, how, and where the policy goes."""
 
+    action_space: Literal["discrete", "parametric", "continuous"] = Field(
+        "discrete",
+        description="What an action is: one of `actions`; one of a list of the decision's own, each described by "
+        "numbers; or numbers that are chosen freely.",
+    )
     actions: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
-        min_length=2, max_length=256, description="The discrete actions."
+        [], max_length=256, description="The discrete actions, two or more; none in another action space."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of everything random; the same seed gives the same weights.")
     simulation: Simulation | None = None
     data: Data = Data()
-    features: Features = Features()
     reward: Reward = Reward()
     normalization: Normalization = Normalization()
     understanding: Understanding = Understanding()
@@ -450,6 +514,10 @@ class JobSpec(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:
+        if self.action_space == "discrete" and len(self.actions) < 2:
+            raise ValueError("actions must name two or more discrete actions, or actionSpace be another")
+        if self.action_space != "discrete" and self.actions:
+            raise ValueError(f"actions are discrete: leave them out where actionSpace is {self.action_space}")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
         if self.simulation and self.data.decision_log:
@@ -462,7 +530,7 @@ class JobSpec(Model):
         A dot leads into a section: `evaluation.gate.metric`.
         """
         kept: dict[str, Any] = {}
-        for path in ("actions", "seed", *sections):
+        for path in ("action_space", "actions", "seed", *sections):
             *outer, last = path.split(".")
             level = kept
             for part in outer:
@@ -488,16 +556,6 @@ class RLTrainingJob(Model):
         if self.spec.schedule and len(self.metadata.name) > SCHEDULED_NAME_LENGTH:
             raise ValueError(SCHEDULED_NAME_TOO_LONG)
         return self
-
-
-def split_paths(text: str) -> list[str]:
-    """The paths of a log: several are separated by commas."""
-    return [path for path in (part.strip() for part in text.split(",")) if path]
-
-
-def place_paths(text: str, root: str | PurePath) -> str:
-    """The same paths, relative ones below `root`; URIs stay as they are."""
-    return ",".join(path if "://" in path else str(PurePath(root) / path) for path in split_paths(text))
 
 
 def load_job(path: str | Path) -> RLTrainingJob:

@@ -14,7 +14,7 @@ from kfp import compiler, dsl, kubernetes
 from kubernetes.utils.quantity import parse_quantity
 
 from components.image import SPARK_IMAGE, TRAINING_IMAGE
-from contracts.job import JobError, JobSpec, Resources, RLTrainingJob, place_paths
+from contracts.job import JobError, JobSpec, Resources, RLTrainingJob
 from contracts.stage import code_version
 from pipelines.pipeline import build_pipeline, parameters
 
@@ -168,14 +168,8 @@ def compile_pipeline(job: RLTrainingJob, path: Path) -> None:
 
 def _arguments(cluster: Cluster, warm_start: str = "") -> dict[str, str]:
     spec, annotations = cluster.job.spec, cluster.job.metadata.annotations
-    data = spec.data.model_copy(
-        update={
-            # A relative path is one on the shared volume.
-            name: place_paths(text, spec.storage.mount_path)
-            for name, text in (("decision_log", spec.data.decision_log), ("outcomes", spec.data.outcomes))
-            if text and not (name == "decision_log" and spec.data.format == "table")
-        }
-    )
+    # A relative path is one on the shared volume.
+    data = spec.data.placed(spec.storage.mount_path)
     spec = spec.model_copy(update={"data": data})
     # Nothing of the data can be read from here, so its path stands for it. A log that grows under its path is seen as
     # new by the time that a scheduled run was due at, or by the version that the job's annotation gives it.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts import progress
-from contracts.job import RLTrainingJob, place_paths, split_paths
+from contracts.job import Data, RLTrainingJob, split_paths
 from contracts.stage import ERROR_FILE_VARIABLE, RECORD, StageError, code_version, digest_files
 from pipelines.display import Display
 from pipelines.pipeline import STAGES, build_pipeline, parameters
@@ -133,10 +133,11 @@ def train_and_evaluate(run: Run, display: Display) -> None:
 
     error_file = run.directory / "error.json"
     error_file.unlink(missing_ok=True)
-    table = run.job.spec.data.format == "table"
-    decision_log = run.decision_log if table else place_paths(run.decision_log, Path.cwd())
-    data: list[Path] = []
-    for name, text in (("decisionLog", "" if table else decision_log), ("outcomes", run.job.spec.data.outcomes or "")):
+    settings = run.job.spec.data.placed(Path.cwd())
+    decision_log = settings.decision_log or str(Path(run.decision_log).absolute())
+    data = features_of(settings)
+    named = "" if settings.format == "table" else decision_log
+    for name, text in (("decisionLog", named), ("outcomes", settings.outcomes or "")):
         for path in split_paths(text):
             # What lies elsewhere stands for itself by its name.
             found = [] if "://" in path else sorted(map(Path, glob.glob(path)))
@@ -144,7 +145,7 @@ def train_and_evaluate(run: Run, display: Display) -> None:
                 raise StageError(f"spec.data.{name} {path}: no such file or directory")
             data += found
     version = f"{code_version()}-{digest_files(*data)[:12]}"
-    arguments = parameters(run.job.spec, decision_log, version)
+    arguments = parameters(run.job.spec.model_copy(update={"data": settings}), decision_log, version)
     temporary = run.directory / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -185,6 +186,14 @@ def train_and_evaluate(run: Run, display: Display) -> None:
         record = run.record(stage)
         assert record is not None
         display.finish(stage, record["seconds"], cached=stage not in output.executed)
+
+
+def features_of(data: Data) -> list[Path]:
+    """The files of the job's feature repository, without the databases that Feast itself writes there."""
+    if not data.features.repository:
+        return []
+    files = (p for p in Path(data.features.repository).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return sorted(p for p in files if ".db" not in p.suffixes and not p.name.startswith("."))
 
 
 def policy_version(run: Run) -> Path:

@@ -20,7 +20,7 @@ from components.rollout.component import rollout
 from components.timeline.component import timeline
 from components.training.component import training
 from components.understanding.component import understanding
-from contracts.job import JobError, JobSpec
+from contracts.job import Data, JobError, JobSpec
 from simulation.component import simulation
 
 if TYPE_CHECKING:
@@ -30,8 +30,13 @@ STAGES = ("timeline", "features", "normalization", "understanding", "training", 
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "simulation": ("simulation", "export"),
-    "timeline": ("data", "reward"),
-    "features": ("features",),
+    # What lies in `data` for others is of no concern to the timeline, save for keys that it is to bring along.
+    "timeline": (
+        *(f"data.{name}" for name in Data.model_fields if name not in ("features", "holdout_fraction")),
+        "data.features.keys",
+        "reward",
+    ),
+    "features": ("data.features",),
     "normalization": ("normalization",),
     "understanding": ("data", "reward", "understanding", "evaluation.gate.metric"),
     "training": ("data", "reward", "algorithm", "training", "export"),

@@ -53,9 +53,9 @@ def stepwise_doubly_robust(
     return _mean_over_steps((modelled * target).sum(1) + weight * error, mdp, counts)
 
 
-def logged_per_mdp(metric: np.ndarray, discount: float, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The metric's mean discounted sum per MDP, as logged."""
-    totals = np.bincount(mdp, metric * discount ** step_in_mdp(mdp), minlength=counts.shape[1])
+def logged_per_mdp(metric: np.ndarray, factor: np.ndarray, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The metric's mean discounted sum per MDP, as logged; `factor` [N] discounts each row to its MDP's beginning."""
+    totals = np.bincount(mdp, metric * factor, minlength=counts.shape[1])
     return np.asarray(counts @ totals / counts.sum(1))
 
 
@@ -65,15 +65,16 @@ def weighted_sequential_doubly_robust(
     q: np.ndarray,
     target: np.ndarray,
     action: np.ndarray,
-    discount: float,
+    factor: np.ndarray,
     mdp: np.ndarray,
     counts: np.ndarray,
 ) -> np.ndarray:
     """Mean discounted sum per MDP (Thomas and Brunskill 2016, arXiv 1604.00923, equation of WDR in section 5).
 
-    `q` [N, A] models the target policy's action values. The cumulative weights of a step are normalized over all MDPs
-    of the replicate. An MDP that has ended stays in that sum with its last weight, as if in an absorbing state:
-    leaving it out, or counting it with weight one, would estimate the value of the MDPs that happened to last.
+    `q` [N, A] models the target policy's action values, `factor` [N] discounts each row to its MDP's beginning. The
+    cumulative weights of a step are normalized over all MDPs of the replicate. An MDP that has ended stays in that sum
+    with its last weight, as if in an absorbing state: leaving it out, or counting it with weight one, would estimate
+    the value of the MDPs that happened to last.
     """
     n, rows = counts.shape[1], np.arange(len(action))
     step = step_in_mdp(mdp)
@@ -84,7 +85,6 @@ def weighted_sequential_doubly_robust(
     # An MDP that has ended keeps its weight: the ratio of every further step is one.
     cumulative = np.cumsum(np.where(np.isnan(log_weight), 0.0, log_weight), axis=1)
     before = np.concatenate([np.zeros((n, 1)), cumulative[:, :-1]], axis=1)
-    factor = discount**step
     gain, value = np.zeros((n, horizon)), np.zeros((n, horizon))
     gain[mdp, step] = factor * (metric - q[rows, action])
     value[mdp, step] = factor * (q * target).sum(1)

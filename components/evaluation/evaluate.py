@@ -86,12 +86,12 @@ class _Evaluator:
 
     def __init__(self, spec: JobSpec, train: Transitions, held_out: Transitions, bundle: Bundle) -> None:
         self.spec, self.train, self.held_out = spec, train, held_out
-        self.discount = spec.reward.discount
+        self.factor = held_out.discount_from_start(spec.reward)
         _, self.mdp = np.unique(held_out.mdp, return_inverse=True)
         self.n = int(self.mdp.max()) + 1
         self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
-        self.q = FittedQ(train, bundle.normalization, self.discount, spec.seed)
-        model = FittedQ(train, bundle.normalization, 0.0, spec.seed)
+        self.q = FittedQ(train, bundle.normalization, train.discount(spec.reward), spec.seed)
+        model = FittedQ(train, bundle.normalization, np.zeros(len(train), np.float32), spec.seed)
         model.fit(np.zeros((len(train), len(train.actions))), spec.evaluation.fitted_q_steps)
         weights = held_out.weight_vector(spec.reward.metric_weights)
         self.names = list(held_out.metric_names)
@@ -103,7 +103,7 @@ class _Evaluator:
         self.modelled = model.predict(held_out.state) @ self.mix
         steps = [cpe.logged_per_step(self.metrics[:, m], self.mdp, self.counts) for m in range(len(self.names))]
         totals = [
-            cpe.logged_per_mdp(self.metrics[:, m], self.discount, self.mdp, self.counts) for m in range(len(self.names))
+            cpe.logged_per_mdp(self.metrics[:, m], self.factor, self.mdp, self.counts) for m in range(len(self.names))
         ]
         self.logged_samples = {"stepwise": steps, "sequential": totals}
         self.logged = {
@@ -129,7 +129,7 @@ class _Evaluator:
                         metric, weight, modelled, target, self.held_out.action, self.mdp, self.counts
                     ),
                     "weighted_sequential_doubly_robust": cpe.weighted_sequential_doubly_robust(
-                        metric, weight, q[:, :, m], target, self.held_out.action, self.discount, self.mdp, self.counts
+                        metric, weight, q[:, :, m], target, self.held_out.action, self.factor, self.mdp, self.counts
                     ),
                 }
             for estimator, values in samples.items():

@@ -19,23 +19,24 @@ TARGET_UPDATE_RATE = 0.05
 class FittedQ:
     """Fitted Q evaluation (Le et al. 2019, arXiv 1903.08738, algorithm 3) by stochastic gradient steps.
 
-    Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'). With discount 0 this is the
-    regression of the metrics themselves, the direct method's model. Fits go on from the one before, so that the policy
-    of the next epoch needs few steps.
+    Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'), with a discount for each row, [N].
+    Where all are 0 this is the regression of the metrics themselves, the direct method's model. Fits go on from the one
+    before, so that the policy of the next epoch needs few steps.
 
     Off the log's beaten track such a fit can run away. Layer normalization bounds what it says there (Ball et al. 2023,
     arXiv 2302.02948, section 4.2), and no value is followed beyond what the metric's logged extremes would sum to.
     """
 
-    def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: float, seed: int) -> None:
+    def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: np.ndarray, seed: int) -> None:
         torch.manual_seed(seed)
         metrics = len(data.metric_names)
         self.network = QNetwork(normalization, len(data.actions), [128, 128], outputs=metrics, layer_norm=True)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
-        self.discount = discount
-        usable = ~data.truncated if discount else np.ones(len(data), bool)
+        self.discount = torch.from_numpy(discount)
+        self.looks_ahead = bool(discount.any())
+        usable = ~data.truncated if self.looks_ahead else np.ones(len(data), bool)
         self.rows = torch.from_numpy(np.flatnonzero(usable))
         self.state = torch.from_numpy(data.state)
         self.action = torch.from_numpy(data.action)
@@ -46,7 +47,8 @@ class FittedQ:
         size = self.metrics.square().mean(0).sqrt()
         self.scale = torch.where(size > 0, size, 1.0)
 
-        forever = 1 / (1 - discount) if discount < 1 else torch.inf
+        mean = float(discount.mean())
+        forever = 1 / (1 - mean) if mean < 1 else torch.inf
         scaled = self.metrics / self.scale
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
@@ -57,12 +59,12 @@ class FittedQ:
         for _ in range(steps):
             rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
             wanted = self.metrics[rows] / self.scale
-            if self.discount:
+            if self.looks_ahead:
                 following = self.next_row[rows]
                 with torch.no_grad():
                     value = (self.target(self.state[following]) * probabilities[following].unsqueeze(2)).sum(1)
                     value = torch.minimum(torch.maximum(value, self.lowest), self.highest)
-                wanted = wanted + self.discount * self.continues[rows] * value
+                wanted = wanted + self.discount[rows, None] * self.continues[rows] * value
             q = self.network(self.state[rows])[torch.arange(BATCH), self.action[rows]]
             # Squared, not Huber's, whose minimum is not the mean: a rare event would be estimated as none.
             loss = nn.functional.mse_loss(q, wanted)

@@ -17,7 +17,7 @@ def features(
     """Join each decision's state features point in time from Feast, and load the newest into the online store.
 
     Args:
-        job: JSON of the job's sections actions and features.
+        job: JSON of the job's sections actions and data.features.
         version: Digest of code and input; a finished stage is redone when it changes.
         transitions: The timeline's directory.
 

@@ -1,126 +1,145 @@
-"""State features by Feast: what was known of an MDP at the instant of each decision."""
+"""The training data: each transition with its state, as it was known at the instant of the decision."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import re
-import warnings
-from datetime import UTC, timedelta
+import shutil
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
+from components.features import store as feast_store
 from components.spark import spark_session
-from contracts.job import JobSpec
+from contracts.job import Features, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
+from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
-VIEW = "state"
-SERVICE = "policy_state"
-PREFIX = "state_"
-"""Of the state's columns in the training data."""
-
-_RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number"}
+REPOSITORY = "repository"
+"""Of the log's own state, in the stage's directory."""
 
 
 def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> None:
-    """Write `training/` (Parquet: the transitions, one `state_<feature>` column per feature) and a Feast repository.
+    """Write `training/` (Parquet): the transitions with one column `state_<feature>` for each feature of the state.
 
-    The log's state features are published as a Feast source, and each decision's state is joined back from it by
-    (mdp_id, event time): a value stamped after the decision is never used, one at the same instant is, one older than
-    `features.ttlSeconds` is missing, and missing stays missing (null). The newest values go to the online store.
+    A log that carries its state has it in its rows already: it is published as a Feast view and service in
+    `repository/`. Where the job names a feature service, its values are joined by Feast, point in time: a value
+    stamped after the decision is never used, one at the same instant is, one older than its view's TTL is missing, and
+    missing stays missing (null); features joined by `data.features.actionKey` are those of the action taken, columns
+    `action_feature_<feature>`. Either way the online store gets the newest values, up to the last decision.
     """
     read_record(timeline)
     with stage("features", output) as (directory, facts), spark_session("features") as spark:
-        transitions = spark.read.parquet(str(Path(timeline) / "transitions"))
-        names = sorted(r[0] for r in transitions.select(F.explode(F.map_keys("state_features"))).distinct().collect())
-        if not names:
-            raise StageError("features: no row of the log has state_features; log them, or name a feature service")
-        if clash := _RESERVED.intersection(n.lower() for n in names):
-            raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
-        fields = {name: field_name(name) for name in names}
-        same_instant = transitions.groupBy("mdp_id", "event_time").count().where("count > 1")
-        if first := same_instant.first():
+        source = Path(timeline) / "transitions"
+        transitions = spark.read.parquet(str(source))
+        training = directory / "training"
+        settings = spec.data.features
+        own = [name for name in _features(transitions, STATE_PREFIX) if STATE_PREFIX + name not in settings.keys]
+        report(0, 3, f"{len(own)} features in the log" if own else "joining point in time")
+        if not (settings.service or own):
             raise StageError(
-                f"features: mdp_id {first['mdp_id']} has {first['count']} decisions at {first['event_time']}, and "
-                f"{same_instant.count()} instants are like it: a state is found by MDP and event time; log event_time "
-                "so finely that it tells decisions apart"
+                "features: no row of the log has state_features; log them, name their columns in data.stateColumns, or "
+                "name a feature service in data.features"
             )
-        report(0, 3, f"{len(names)} features")
-        source = directory / "source"
-        values = [F.col("state_features")[name].alias(field) for name, field in fields.items()]
-        transitions.select("mdp_id", "event_time", *values).write.parquet(str(source))
-        repository = directory / "repository"
-        store, service = open_feature_store(spec, repository, source, list(fields.values()))
-        report(1, 3, "joining point in time")
-        keys = transitions.select("mdp_id", "sequence_number", F.col("event_time").alias("event_timestamp"))
-        joined: DataFrame = store.get_historical_features(entity_df=keys, features=service).to_spark_df()
-        values = [F.col(field).cast("double").alias(PREFIX + name) for name, field in fields.items()]
-        state = joined.select("mdp_id", "sequence_number", *values)
-        training = transitions.drop("state_features").join(state, ["mdp_id", "sequence_number"], "left")
-        training = training.repartition("mdp_id").sortWithinPartitions("mdp_id", "ordinal")
-        training.write.parquet(str(directory / "training"))
-        report(2, 3, "materializing online")
-        earliest, latest = transitions.agg(F.min("event_time"), F.max("event_time")).collect()[0]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            # Feast's window is (start, end]; it wants aware times, Spark returns naive ones in UTC.
-            store.materialize((earliest - timedelta(seconds=1)).replace(tzinfo=UTC), latest.replace(tzinfo=UTC))
-        written = spark.read.parquet(str(directory / "training"))
-        missing = written.agg(*[F.avg(F.col(PREFIX + n).isNull().cast("int")).alias(n) for n in names]).collect()[0]
-        rows, expected = written.count(), transitions.count()
+        if settings.service:
+            store, service = feast_store.open_named(settings)
+        described = transitions if spec.action_space == "discrete" else describe_actions(transitions)
+        if settings.service:
+            described = join_service(described, store, service, settings)
+        if described is transitions:
+            # The files as they are: an MDP stays in one of them, in order.
+            shutil.copytree(source, training, copy_function=_link)
+        else:
+            described.repartition("mdp_id").sortWithinPartitions("mdp_id", "ordinal").write.parquet(str(training))
+        if not settings.service:
+            store, service = feast_store.publish(settings, directory / REPOSITORY, training, own)
+        report(1, 3, "materializing online")
+        first, last = transitions.agg(F.min("event_time"), F.max("event_time")).collect()[0]
+        # Spark returns naive times in UTC.
+        facts["materialized"] = feast_store.materialize(
+            store, service, first.replace(tzinfo=UTC), last.replace(tzinfo=UTC)
+        )
+        report(2, 3, "counting")
+        written = spark.read.parquet(str(training))
+        found = {prefix: _features(written, prefix) for prefix in (STATE_PREFIX, ACTION_PREFIX)}
+        every = [prefix + name for prefix, names in found.items() for name in names]
+        counted = written.agg(F.count("*"), *[F.avg(F.col(f"`{n}`").isNull().cast("int")) for n in every]).collect()[0]
+        rows, expected = counted[0], transitions.count()
         if rows != expected:
-            raise StageError(f"features: {expected} transitions in, {rows} out")
-        facts |= {"rows": rows, "features": names, "missing_fraction": {n: round(missing[n], 6) for n in names}}
+            raise StageError(
+                f"features: {expected} transitions in, {rows} out: the service {settings.service} has several values "
+                "for one key and instant; give its source a created_timestamp_column, or one row for each"
+            )
+        missing = dict(zip(every, counted[1:], strict=True))
+        facts |= {
+            "rows": rows,
+            "features": found[STATE_PREFIX],
+            "action_features": found[ACTION_PREFIX],
+            "missing_fraction": {n: round(missing[STATE_PREFIX + n], 6) for n in found[STATE_PREFIX]},
+        }
         report(3, 3, f"{rows:,} rows")
 
 
-def field_name(feature: str) -> str:
-    """Feast's name of a feature; an id that is a number is called `feature_<id>` there. Raises `StageError`."""
-    name = f"feature_{feature}" if feature.isdecimal() else feature
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise StageError(f"features: state feature {feature!r}: Feast takes letters, digits and _ only; rename it")
-    return name
+def _features(frame: DataFrame, prefix: str) -> list[str]:
+    return sorted(name.removeprefix(prefix) for name in frame.columns if name.startswith(prefix))
 
 
-def open_feature_store(spec: JobSpec, repository: Path, source: Path, names: list[str]) -> tuple[Any, Any]:
-    """A Feast store at `repository` with the state's feature view and service applied; repeatable."""
-    # Imported here: Feast takes seconds to import, and only this stage needs it.
-    os.environ.setdefault("FEAST_USAGE", "False")
-    warnings.filterwarnings("ignore", category=RuntimeWarning, message="The spark")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field
-    from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
-    from feast.types import Float64
-    from feast.value_type import ValueType
+def _link(source: str, target: str) -> None:
+    """A second name for a finished file, where the file system has such; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
-    repository.mkdir(parents=True, exist_ok=True)
-    online = spec.features.online_store.model_dump()
-    if online["type"] == "sqlite":
-        online.setdefault("path", str(repository / "online.db"))
-    config = {
-        "project": spec.features.project,
-        "provider": "local",
-        "registry": str(repository / "registry.db"),
-        "offline_store": {"type": "spark"},
-        "online_store": online,
-        "entity_key_serialization_version": 3,
-        # One row per MDP is all that serving reads; without this Feast writes every row, the last one winning.
-        "materialization": {"pull_latest_features": True},
-    }
-    (repository / "feature_store.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    mdp = Entity(name="mdp_id", join_keys=["mdp_id"], value_type=ValueType.STRING)
-    view = FeatureView(
-        name=VIEW,
-        entities=[mdp],
-        ttl=timedelta(seconds=spec.features.ttl_seconds),
-        schema=[Field(name=name, dtype=Float64) for name in names],
-        source=SparkSource(name=VIEW, path=str(source), file_format="parquet", timestamp_field="event_time"),
-    )
-    store = FeatureStore(repo_path=str(repository))
-    store.apply([mdp, view, FeatureService(name=SERVICE, features=[view])])
-    return store, store.get_feature_service(SERVICE)
+
+def describe_actions(transitions: DataFrame) -> DataFrame:
+    """The transitions with a column for each of the numbers that describe their actions."""
+    names = sorted(row[0] for row in transitions.select(F.explode(F.map_keys("action"))).distinct().collect())
+    return transitions.withColumns({ACTION_PREFIX + name: F.col("action")[name] for name in names})
+
+
+def join_service(transitions: DataFrame, store: Any, service: Any, settings: Features) -> DataFrame:
+    """The transitions with the service's features joined as of each decision's event time."""
+    views = feast_store.views_of(store, service)
+    given = {"mdp_id": "mdp_id"} | {name: name for name in settings.keys}
+    if settings.action_key:
+        given[settings.action_key] = "action"
+    keys: dict[str, T.DataType] = {}
+    for view in views:
+        for key, kind in view.keys.items():
+            if key not in given:
+                raise StageError(
+                    f"data.features.service {settings.service}: view {view.name} is joined by {key}, which is neither "
+                    f"mdp_id nor among data.features.keys {settings.keys}; name it there, or in actionKey"
+                )
+            keys[key] = kind
+    instants = transitions.select(
+        F.col("mdp_id").alias("_mdp"),
+        F.col("sequence_number").alias("_step"),
+        F.col("event_time").alias("event_timestamp"),
+        *[F.col(f"`{given[key]}`").cast(kind).alias(key) for key, kind in keys.items()],
+    ).persist()
+    try:
+        joined = store.get_historical_features(entity_df=instants, features=service).to_spark_df()
+    except (PySparkException, ValueError) as error:
+        raise StageError(
+            f"data.features.service {settings.service}: Feast cannot join it: {' '.join(str(error).split())[:400]}"
+        ) from None
+    clash = set(transitions.columns)
+    columns = []
+    for view in views:
+        prefix = ACTION_PREFIX if settings.action_key in view.keys else STATE_PREFIX
+        for name in view.features:
+            if prefix + name in clash:
+                raise StageError(f"features: {name} is in the log's own state and in view {view.name}; rename one")
+            value = F.col(f"`{name}`").cast("double")
+            # NaN is greater than infinity in Spark: what is no finite number is missing.
+            columns.append(F.when(F.abs(value) < float("inf"), value).alias(prefix + name))
+    values = joined.select("_mdp", "_step", *columns)
+    same = (F.col("mdp_id") == F.col("_mdp")) & (F.col("sequence_number") == F.col("_step"))
+    return transitions.join(values, same, "left").drop("_mdp", "_step", *settings.keys)

@@ -14,7 +14,7 @@ def normalization(
     summary: dsl.Output[dsl.Markdown],
     record: dsl.OutputPath(str),  # type: ignore[valid-type]
 ) -> None:
-    """Identify each state feature's type and how to normalize it.
+    """Identify each feature's type and how to normalize it.
 
     Args:
         job: JSON of the job's sections actions and normalization.
@@ -22,7 +22,7 @@ def normalization(
         training_data: The features stage's directory.
 
     Returns:
-        normalization: Directory with `spec.json`.
+        normalization: Directory with `spec.json` and, where actions have features, `action_spec.json`.
         summary: The stage's figures for people.
         record: The stage's end for a controller, as JSON.
     """

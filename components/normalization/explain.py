@@ -10,8 +10,9 @@ import pyarrow.dataset as ds
 import torch
 
 from components.normalization.graph import NormalizationGraph
-from components.normalization.spec import NormalizationSpec
+from components.normalization.spec import SPECS, NormalizationSpec
 from contracts.stage import StageError, read_record
+from contracts.transitions import STATE_PREFIX
 
 ROWS = 100_000
 BINS = 24
@@ -21,17 +22,23 @@ def explain(features: str | Path, normalization: str | Path, name: str) -> dict[
     """What is known of a feature: {name, type, how, evidence, before, after}, or {name, dropped} for one without use.
 
     `before` and `after` are histograms, {edges [BINS + 1], counts [BINS]}, of its first present values; an enum has
-    {values, counts} after. Raises `StageError` for a feature that is not there.
+    {values, counts} after, the last count that of other values. Raises `StageError` for a feature that is not there.
     """
     read_record(normalization)
-    spec = NormalizationSpec.read(Path(normalization) / "spec.json")
+    files = {prefix: Path(normalization) / file for prefix, file in SPECS.items()}
+    specs = {prefix: NormalizationSpec.read(file) for prefix, file in files.items() if file.exists()}
+    prefix, spec = next(
+        ((p, s) for p, s in specs.items() if name in s.inputs),
+        (STATE_PREFIX, NormalizationSpec(inputs=[], features=[])),
+    )
     if name in spec.dropped:
         return {"name": name, "dropped": spec.dropped[name]}
     feature = next((f for f in spec.features if f.name == name), None)
     if feature is None:
-        raise StageError(f"normalization: no feature {name!r}; there are {', '.join(spec.inputs)}")
+        there = ", ".join(name for s in specs.values() for name in s.inputs)
+        raise StageError(f"normalization: no feature {name!r}; there are {there}")
     data = ds.dataset(Path(features) / "training", format="parquet")
-    column = f"state_{name}"
+    column = prefix + name
     present = data.head(ROWS, columns=[column], filter=ds.field(column).is_valid())
     values = present[column].to_numpy().astype(np.float32)
     graph = NormalizationGraph(NormalizationSpec(inputs=[name], features=[feature]))

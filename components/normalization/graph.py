@@ -15,8 +15,9 @@ class NormalizationGraph(nn.Module):
     """Normalizes a batch of raw features; a missing value (NaN) becomes the normalized mean, 0.
 
     binary: x != 0. probability: standardized logit. continuous: standardized. box_cox: standardized Box-Cox
-    transform. quantile: place among the quantiles, in [-1, 1]. enum: one-hot over the seen values, an unseen value
-    sets none. All features of one type are handled together.
+    transform. quantile: place among the quantiles, in [-1, 1]. enum: one-hot over the seen values and, last, any other
+    one; a missing value sets none. All features of one type are handled together. After them come the presence bits: 1
+    where a feature of `spec.presence` is there, else 0.
     """
 
     def __init__(self, spec: NormalizationSpec) -> None:
@@ -35,7 +36,10 @@ class NormalizationGraph(nn.Module):
             self._keep(f"{type_}_columns", torch.tensor(by_type[type_]))
             self.outputs += getattr(self, f"_init_{type_}", self._init_standard)(type_, members)
             for member in members:
-                self.output_features += [member.name] * (len(member.values) if type_ == "enum" else 1)
+                self.output_features += [member.name] * (len(member.values) + 1 if type_ == "enum" else 1)
+        self._keep("presence_columns", torch.tensor([spec.inputs.index(n) for n in spec.presence], dtype=torch.int64))
+        self.output_features += spec.presence
+        self.outputs += len(spec.presence)
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value)
@@ -61,7 +65,8 @@ class NormalizationGraph(nn.Module):
     def _init_enum(self, _: str, members: list[FeatureNormalization]) -> int:
         width = max(len(f.values) for f in members)
         rows = [f.values + [float("nan")] * (width - len(f.values)) for f in members]
-        used = torch.tensor([[i < len(f.values) for i in range(width)] for f in members])
+        # The last place is that of any other value.
+        used = torch.tensor([[i < len(f.values) or i == width for i in range(width + 1)] for f in members])
         self._keep("enum_values", torch.tensor(rows))
         self._keep("enum_used", used.flatten().nonzero().squeeze(1))
         return int(used.sum())
@@ -74,10 +79,11 @@ class NormalizationGraph(nn.Module):
             missing = torch.isnan(x)
             y = getattr(self, f"_{type_}")(torch.nan_to_num(x, nan=0.0, posinf=3e38, neginf=-3e38))
             if type_ == "enum":
-                missing = missing.repeat_interleave(self.get_buffer("enum_values").shape[1], 1)
+                missing = missing.repeat_interleave(self.get_buffer("enum_values").shape[1] + 1, 1)
                 missing = missing.index_select(1, self.get_buffer("enum_used"))
             parts.append(torch.where(missing, torch.zeros_like(y), y))
-        return torch.cat(parts, 1).clamp(-CLAMP, CLAMP)
+        present = ~torch.isnan(raw.index_select(1, self.get_buffer("presence_columns")))
+        return torch.cat([*parts, present.to(raw.dtype)], 1).clamp(-CLAMP, CLAMP)
 
     def _standardize(self, type_: str, x: Tensor) -> Tensor:
         return (x - self.get_buffer(f"{type_}_mean")) / self.get_buffer(f"{type_}_stddev")
@@ -115,4 +121,5 @@ class NormalizationGraph(nn.Module):
 
     def _enum(self, x: Tensor) -> Tensor:
         hot = torch.eq(x.unsqueeze(2), self.get_buffer("enum_values")).to(x.dtype)
+        hot = torch.cat([hot, 1 - hot.sum(2, keepdim=True)], 2)
         return hot.flatten(1).index_select(1, self.get_buffer("enum_used"))

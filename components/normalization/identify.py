@@ -2,72 +2,119 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Collection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from scipy import stats
+from scipy import optimize, stats
 
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.normalization.spec import SPECS, FeatureNormalization, NormalizationSpec
 from components.spark import spark_session
-from contracts.job import JobSpec, Normalization
+from contracts.job import FeatureType, JobSpec, Normalization
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
+from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
 PROBABILITY_CLAMP = 1e-5
+SAMPLE_VALUES = 50_000_000
+"""Most values of a sample, over all features: it is held in memory."""
 
 
 def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -> None:
-    """Write `spec.json`, a `NormalizationSpec`, found from the features stage's training data.
+    """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
-    Spark counts and summarizes every feature in one pass, and draws one sample for the tests of normality.
-    Raises `StageError` when no feature is left to learn from.
+    Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
+    normality, and all rows for counts and ends. Raises `StageError` when no feature is left to learn from.
     """
-    names: list[str] = read_record(features)["features"]
-    with stage("normalization", output) as (directory, facts), spark_session("normalization") as spark:
-        data = spark.read.parquet(str(Path(features) / "training")).select(
-            *[F.col(f"state_{n}").alias(n) for n in names]
+    record = read_record(features)
+    groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
+    names = {prefix + name: name for prefix, group in groups.items() for name in group}
+    overrides = spec.normalization.overrides
+    if unknown := set(overrides) - set(names.values()):
+        raise StageError(
+            f"normalization.overrides.{sorted(unknown)[0]}: no such feature; there are {', '.join(names.values())}"
         )
-        report(0, 2, "summary statistics")
-        summary = data.agg(
-            F.count("*").alias("rows"),
-            *[F.count(F.col(n)).alias(f"count {n}") for n in names],
-            *[F.approx_count_distinct(n).alias(f"distinct {n}") for n in names],
-            *[F.min(n).alias(f"minimum {n}") for n in names],
-            *[F.max(n).alias(f"maximum {n}") for n in names],
-        ).collect()[0]
-        fraction = min(1.0, spec.normalization.sample_rows / max(1, summary["rows"]))
-        report(1, 2, "sample")
-        sample = data if fraction == 1.0 else data.sample(fraction=fraction, seed=spec.seed)
-        columns = sample.toArrow()
-        found: list[FeatureNormalization] = []
-        dropped: dict[str, str] = {}
-        for name in names:
-            values = columns[name].drop_null().to_numpy().astype(np.float64)
-            # Spark's count of distinct values is an estimate: where the sample is all there is, its own is exact.
-            distinct = summary[f"distinct {name}"] if fraction < 1 else np.unique(values).size
-            evidence = {
-                "count": float(summary[f"count {name}"]),
-                "missing": float(summary["rows"] - summary[f"count {name}"]),
-                "distinct": float(distinct),
-            }
-            low, high = summary[f"minimum {name}"], summary[f"maximum {name}"]
-            override = spec.normalization.overrides.get(name)
-            if reason := carries_nothing(values, evidence, low, high, spec.normalization, override):
-                dropped[name] = reason
-                continue
-            evidence |= {"minimum": float(low), "maximum": float(high)}
-            found.append(identify(name, values, evidence, spec.normalization, override))
-        if unknown := set(spec.normalization.overrides) - set(names):
-            raise StageError(
-                f"normalization.overrides.{sorted(unknown)[0]}: no such feature; there are {', '.join(names)}"
+    with stage("normalization", output) as (directory, facts), spark_session("normalization") as spark:
+        data = spark.read.parquet(str(Path(features) / "training")).select(*[F.col(f"`{c}`") for c in names])
+        report(0, 3, "sample")
+        sample, whole = draw(data, spec.normalization.sample_rows, spec.seed)
+        candidates = {} if whole else {c for c in names if looks_countable(sample[c], spec.normalization)}
+        report(1, 3, "all rows")
+        summary = summarize(data, list(names), candidates)
+        report(2, 3, f"{len(names)} features")
+        with ThreadPool(os.cpu_count()) as pool:
+            found = dict(
+                zip(
+                    names,
+                    pool.map(
+                        lambda c: examine(names[c], sample[c], summary[c], spec.normalization, overrides.get(names[c])),
+                        names,
+                    ),
+                    strict=True,
+                )
             )
-        if not found:
-            raise StageError(f"normalization: no feature carries information: {dropped}")
-        NormalizationSpec(inputs=names, features=found, dropped=dropped).write(directory / "spec.json")
-        facts |= {"types": {f.name: f.type for f in found}, "dropped": dropped}
-        report(2, 2, f"{len(found)} features")
+        for prefix, group in groups.items():
+            if not group:
+                continue
+            made = {name: found[prefix + name] for name in group}
+            kept = [f for f in made.values() if isinstance(f, FeatureNormalization)]
+            dropped = {name: reason for name, reason in made.items() if isinstance(reason, str)}
+            if not kept:
+                raise StageError(f"normalization: no feature carries information: {dropped}")
+            presence = [f.name for f in kept if f.evidence["missing"]] if spec.normalization.presence else []
+            result = NormalizationSpec(inputs=group, features=kept, presence=presence, dropped=dropped)
+            result.write(directory / SPECS[prefix])
+            facts.setdefault("types", {}).update({f.name: f.type for f in kept})
+            facts.setdefault("dropped", {}).update(dropped)
+        report(3, 3, f"{len(facts['types'])} features")
+
+
+def draw(data: DataFrame, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bool]:
+    """A sample of each column's present values, float64, and whether it is all that there is."""
+    total = data.count()
+    fraction = min(1.0, min(rows, SAMPLE_VALUES // len(data.columns)) / max(1, total))
+    table = (data if fraction == 1.0 else data.sample(fraction=fraction, seed=seed)).toArrow()
+    return {c: table[c].drop_null().to_numpy().astype(np.float64) for c in data.columns}, fraction == 1.0
+
+
+def looks_countable(sample: np.ndarray, limits: Normalization) -> bool:
+    """Whether a feature's sample has so few values, all integers, that it is worth counting them in all rows."""
+    return np.unique(sample[:1000]).size <= limits.max_enum_values and np.unique(sample).size <= limits.max_enum_values
+
+
+def summarize(data: DataFrame, columns: list[str], candidates: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Of all rows: how many there are, present and missing, their ends, and of candidates the distinct values."""
+    parts = [F.count(F.lit(1))]
+    for column in columns:
+        value = F.col(f"`{column}`")
+        parts += [F.count(value), F.min(value), F.max(value)]
+    parts += [F.approx_count_distinct(F.col(f"`{column}`")) for column in candidates]
+    rows, *found = data.agg(*parts).collect()[0]
+    distinct = dict(zip(candidates, found[3 * len(columns) :], strict=True))
+    result = {}
+    for i, column in enumerate(columns):
+        count, low, high = found[3 * i : 3 * i + 3]
+        result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
+        if column in distinct:
+            result[column]["distinct"] = distinct[column]
+    return result
+
+
+def examine(
+    name: str, sample: np.ndarray, summary: dict[str, Any], limits: Normalization, override: FeatureType | None
+) -> FeatureNormalization | str:
+    """A feature's normalization, or why it is of no use."""
+    low, high = summary["minimum"], summary["maximum"]
+    evidence = {"distinct": float(np.unique(sample).size)} | {k: float(v) for k, v in summary.items() if v is not None}
+    if reason := carries_nothing(sample, evidence, low, high, limits, override):
+        return reason
+    return identify(name, sample, evidence | {"sample": float(sample.size)}, limits, override)
 
 
 def carries_nothing(
@@ -162,8 +209,18 @@ def normality(values: np.ndarray) -> float:
 
 def box_cox(values: np.ndarray, shift: float) -> tuple[float, np.ndarray]:
     """The maximum-likelihood lambda in [-2, 2] (Box and Cox 1964) of `values + shift`, and the transformed values."""
-    positive = values + shift
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lam = float(np.clip(stats.boxcox_normmax(positive, method="mle"), -2.0, 2.0))
-    return lam, stats.boxcox(positive, lmbda=lam)
+    log = np.log(values + shift)
+    mean = float(log.mean())
+
+    def loss(lam: float) -> float:
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = float(np.var(_power(log, lam)))
+        return 0.5 * np.log(variance) - (lam - 1) * mean if 0 < variance < np.inf else 1e300
+
+    lam = float(optimize.minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded", options={"xatol": 1e-3}).x)
+    return lam, _power(log, lam)
+
+
+def _power(log: np.ndarray, lam: float) -> np.ndarray:
+    """Box and Cox's transform of exp(log)."""
+    return log if abs(lam) < 1e-8 else np.expm1(lam * log) / lam

@@ -7,6 +7,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from contracts.job import FeatureType
+from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
+
+SPECS = {STATE_PREFIX: "spec.json", ACTION_PREFIX: "action_spec.json"}
+"""File of the spec of each kind of feature, by the prefix of its columns in the training data."""
 
 
 class FeatureNormalization(BaseModel):
@@ -24,18 +28,20 @@ class FeatureNormalization(BaseModel):
     how: str
     """One sentence: why this type."""
     evidence: dict[str, float]
-    """count, missing, distinct, minimum and maximum of all rows; mean, stddev, skewness, k2 of the sample, and
-    Box-Cox's lambda and k2."""
+    """count, missing, minimum and maximum of all rows; of the sample its size, distinct values (where they are few:
+    those of all rows, about), mean, stddev, skewness and k2, and Box-Cox's lambda and k2."""
 
 
 class NormalizationSpec(BaseModel):
-    """How a policy's input, a vector of raw state features, is normalized."""
+    """How a vector of raw features, of a state or of an action, is normalized."""
 
     model_config = ConfigDict(extra="forbid")
     version: int = 1
     inputs: list[str]
     """Every feature of the input vector, in its order; those not among `features` are not used."""
     features: list[FeatureNormalization]
+    presence: list[str] = []
+    """Those of `features` of which the network is told, by an input more, whether they are there."""
     dropped: dict[str, str] = {}
     """Features that carry nothing (constant, never present), with the reason."""
 

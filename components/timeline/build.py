@@ -10,79 +10,81 @@ from typing import Any
 
 from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
-from pyspark.sql.window import WindowSpec
 
 from components.spark import spark_session
+from components.timeline import state
 from components.timeline.describe import describe
+from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
-from components.timeline.quarantine import DUPLICATE, REASON, REASONS, not_finite, with_reason
-from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
+from components.timeline.quarantine import DUPLICATE, REASON, not_finite, with_reason
+from components.timeline.read import CORRUPT, UNREADABLE, read_log
+from components.timeline.returns import add_returns, add_returns_over, backwards, so_far
 from contracts.job import JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, stage
+from contracts.transitions import NEXT_STATE_PREFIX, STATE_PREFIX
 
 LEFT_OUT = "left_out"
 HASHES = 1_000_000
+BUCKETS = 1 << 16
+HEAD_ROWS = 1000
+MOST_FEATURES = 20_000
 
 
 def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, output: str | Path) -> None:
     """Write `transitions/` and `quarantine/` (Parquet), `report.json` and `report.html` to `output`.
 
     Every row that is read lands in exactly one of the two, or is counted as left out by the job's own sampling or
-    limits. Transitions hold the log's columns and, per row: `ordinal` (1-based place in its MDP, rejected ones too),
-    `time_diff` (to the next decision, in units of sequence_number), `next_action`, `possible_next_actions`, `terminal`
-    (the MDP ended here), `truncated` (the MDP went on, but what followed is not in the log), `returns` (per metric,
-    the discounted sum from here to the MDP's last logged step), and where the job asks for them `returns_<n>` (over n
-    decisions, null where the log breaks off before) and `reward_timeline` (the metrics of the decisions from here on,
-    in their order). Rows are sorted by MDP and ordinal; an MDP is never split over two files, so that the next state of
-    a row is the next row's state. Raises `StageError` when the log is missing, empty, or rejected beyond
+    limits. Transitions hold the log's columns, its state as one column `state_<feature>` each (null where missing), and
+    per row: `ordinal` (1-based place in its MDP, rejected ones too), `time_diff` (to the next decision, in units of
+    sequence_number), `next_action`, `possible_next_actions`, `terminal` (the MDP ended here), `truncated` (the MDP went
+    on, but what followed is not in the log), `returns` (per metric, the discounted sum from here to the MDP's last
+    logged step), and where the job asks for them `returns_<n>` (over n decisions, null where the log breaks off
+    before), `reward_timeline` (the metrics of the decisions from here on, in their order) and `next_state_<feature>`.
+    Rows are sorted by MDP and ordinal; an MDP is never split over two files, so that the next state of a row is the
+    next row's state. Raises `StageError` when the log is missing, empty, or rejected beyond
     `data.maxQuarantineFraction`.
     """
     with stage("timeline", output) as (directory, facts), spark_session("timeline") as spark:
         report(0, 4, "reading the log")
-        log = read_log(spark, decision_log, spec.data)
+        log = read_log(spark, decision_log, spec.data, spec.action_space)
         if outcomes:
             log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data.outcome_wait_seconds)
             log = log.cache()
-        checked = with_reason(log, spec.actions)
-        plan = make_plan(checked, spec)
-        numbered = number_steps(checked, plan)
-        seen = Observation("rows")
-        counted = numbered.observe(seen, F.count(F.lit(1)).alias("rows"), *_counts())
+        checked = with_reason(log, spec)
+        used = in_sample(checked, spec)
+        names = look_at(used)
         report(1, 4, "ordering MDPs")
-        kept_rows = Observation("kept")
-        followed = add_what_followed(counted, spec, plan).observe(kept_rows, F.sum("before_its_time").alias("n"))
-        followed.drop("before_its_time").write.parquet(str(directory / "transitions"))
-        counts = seen.get
-        reasons = {name: n for name, n in counts.items() if name not in ("rows", LEFT_OUT) and n}
-        left_out, quarantined = counts[LEFT_OUT] or 0, sum(reasons.values())
-        rows_out = counts["rows"] - quarantined - left_out
+        plan = make_plan(used, spec, names or all_names(used))
+        counts = write_transitions(checked, spec, plan, directory / "transitions")
+        if counts["unknown"]:
+            plan = make_plan(used, spec, all_names(used))
+            counts = write_transitions(checked, spec, plan, directory / "transitions")
+        rows = counts["used"] if used is checked else checked.count()
+        rejected, left_out = counts["rejected"], rows - counts["used"] + counts[LEFT_OUT]
+        if not rows:
+            raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
+        report(2, 4, f"{rows:,} rows")
+        set_aside(used, plan, directory / "quarantine", nothing=not rejected)
+        reasons, examples = count_reasons(spark, directory / "quarantine")
         facts |= {
-            "rows_in": counts["rows"], "rows_out": rows_out, "rows_quarantined": quarantined,
+            "rows_in": rows, "rows_out": rows - rejected - left_out, "rows_quarantined": rejected,
             "rows_left_out": left_out, "reasons": reasons,
         }  # fmt: skip
-        if not counts["rows"]:
-            raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
-        report(2, 4, f"{counts['rows']:,} rows")
-        rejected = numbered.where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT)).drop(*_HELPERS)
-        if quarantined > spec.data.max_quarantine_fraction * (counts["rows"] - left_out):
-            raise StageError(_too_many(rejected, facts, spec, decision_log))
-        (rejected if quarantined else rejected.limit(0)).write.parquet(str(directory / "quarantine"))
+        if rejected > spec.data.max_quarantine_fraction * (rows - left_out):
+            raise StageError(_too_many(facts, examples, spec, decision_log))
         report(3, 4, "reconciling")
         written = spark.read.parquet(str(directory / "transitions"))
         kept = written.count()
-        set_aside = spark.read.parquet(str(directory / "quarantine")).count()
-        if kept != rows_out or set_aside != quarantined:
+        if kept != facts["rows_out"] or sum(reasons.values()) != rejected:
             raise StageError(
-                f"timeline: {counts['rows']} rows in, but {kept} out and {set_aside} quarantined; the log changed "
+                f"timeline: {rows} rows in, but {kept} out and {sum(reasons.values())} quarantined; the log changed "
                 "while it was read: run again on a log that is not being written"
             )
         if not kept:
-            raise StageError(
-                f"data.decisionLog {decision_log}: no row is left of {counts['rows']}: see `data`'s limits"
-            )
-        facts["out_of_order"] = kept_rows.get["n"] or 0
-        document = facts | describe(written)
+            raise StageError(f"data.decisionLog {decision_log}: no row is left of {rows}: see `data`'s limits")
+        facts["out_of_order"] = counts["before_its_time"]
+        document = facts | describe(written, kept, sorted(plan.features), sorted(plan.metrics))
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
         lengths = document["lengths"]
@@ -90,230 +92,274 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             "mdps": lengths["count"],
             "mean_length": round(lengths["mean"], 2),
             "max_length": int(lengths["maximum"]),
-            **{name: document[name] for name in ("truncated", "actions", "mdps_over_days")},
+            "features": len(plan.features),
+            **{name: document[name] for name in ("truncated", "actions", "mdps_over_days", "warnings")},
         }
         report(4, 4, f"{facts['mdps']:,} MDPs")
 
 
-def join_outcomes(
-    spark: SparkSession, log: DataFrame, path: str, wait_seconds: int | None = None
-) -> tuple[DataFrame, dict[str, int]]:
-    """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
+def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path) -> dict[str, int]:
+    """Write the transitions and count on the way: rows `used`, `rejected`, `left_out` by a limit, `before_its_time`.
 
-    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision
-    are not used: a run over the same days gives the same result whenever it is made. Also returns how many reports
-    there were, and how many of them could not be read, match no decision, or came late.
+    Rows with names that the plan does not know are `unknown`: then what was written is of no use.
     """
-    outcomes = read_outcomes(spark, path).cache()
-    readable = outcomes.where(F.col(CORRUPT).isNull()).drop(CORRUPT, UNREADABLE)
-    decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
-    matched = readable.join(decided, ["mdp_id", "sequence_number"])
-    late = F.lit(False)
-    if wait_seconds is not None:
-        late = F.coalesce(
-            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(False)
-        )
-    matched = matched.withColumn("late", late)
-    reports, fine = outcomes.count(), readable.count()
-    found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
-    counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
-    per_metric = matched.where(~F.col("late")).select(
-        "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
+    read, placed, followed = Observation("read"), Observation("placed"), Observation("followed")
+    # Counted when rows are small: to be counted, they must be laid out whole.
+    rows = compact(in_sample(checked, spec), plan).observe(
+        read, F.count(F.lit(1)).alias("used"), _number_of(F.col("unknown")).alias("unknown")
     )
-    per_metric = per_metric.groupBy("mdp_id", "sequence_number", "key").agg(
-        F.max(F.struct("event_time", "value"))["value"].alias("value"),
-        F.max("truncated").alias("truncated"),
-        F.max("ended").alias("ended"),
+    numbered = number_steps(rows, plan).observe(
+        placed,
+        _number_of(F.col(LEFT_OUT)).alias(LEFT_OUT),
+        _number_of(~F.col(LEFT_OUT) & F.col(REASON).isNotNull()).alias("rejected"),
     )
-    reported = per_metric.groupBy("mdp_id", "sequence_number").agg(
-        F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias(
-            "_metrics"
-        ),
-        F.max("truncated").alias("_truncated"),
-        F.max("ended").alias("ended"),
+    transitions = add_what_followed(numbered, spec, plan).observe(
+        followed, _number_of(F.col("before_its_time")).alias("before_its_time")
     )
-    joined = log.join(reported, ["mdp_id", "sequence_number"], "left")
-    # What the log had already is overwritten by what was reported later.
-    kept = F.map_filter(
-        F.coalesce("metrics", F.create_map().cast("map<string,double>")),
-        lambda k, _: ~F.coalesce(F.map_contains_key("_metrics", k), F.lit(False)),
-    )
-    metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
-    joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
-    if readable.where(F.col("ended").isNotNull()).isEmpty():
-        # Nobody tells of ends: the job's lastStep decides.
-        return joined.select(*log.columns), counts
-    return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts
+    transitions.drop("before_its_time").write.mode("overwrite").parquet(str(path))
+    return {name: n or 0 for seen in (read, placed, followed) for name, n in seen.get.items()}
+
+
+def _number_of(condition: Column) -> Column:
+    return F.sum(condition.cast("long"))
 
 
 @dataclass(frozen=True)
 class Plan:
     """What must be known of the whole log before its rows are put in order."""
 
+    features: list[str]
+    """Of the state, in the order of most of the rows."""
     metrics: list[str]
     shortest: int
     longest: int | None  # None: whatever the length
-    sampled: float
-    seed: int
+    elapsed: float
+    """The most that lies between an MDP's first and last row, in units of the discount."""
 
 
-def make_plan(checked: DataFrame, spec: JobSpec) -> Plan:
-    """Look over the log: its metrics, and the keys of its rows."""
-    data = spec.data
-    keys = F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics"))))
-    finite = ~F.coalesce(F.exists(F.map_values("metrics"), not_finite), F.lit(False))
-    names = checked.where(finite).agg(keys).collect()[0][0]
-    lengths = checked.groupBy("mdp_id").agg(F.count_distinct("sequence_number").alias("length"))
-    percentile = F.percentile_approx("length", data.max_length_percentile or 1.0, 10_000)
-    has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "")
-    most, limit = lengths.where(has_place).agg(F.max("length"), percentile).collect()[0]
-    limits = [data.max_length] if data.max_length else []
-    if data.max_length_percentile and limit:
-        limits.append(int(limit))
-    longest = min(limits) if limits else None
-    steps = min(most or 0, longest or most or 0)
-    if 0 < spec.reward.discount < 1 and steps * math.log(spec.reward.discount) < -700:
+def in_sample(checked: DataFrame, spec: JobSpec) -> DataFrame:
+    """The rows of the MDPs that the job samples, and those without one."""
+    if spec.data.sample_fraction == 1:
+        return checked
+    place = F.pmod(F.xxhash64("mdp_id", F.lit(spec.seed)), F.lit(HASHES))
+    return checked.where(
+        F.col("mdp_id").isNull() | (F.col("mdp_id") == "") | (place < int(spec.data.sample_fraction * HASHES))
+    )
+
+
+Names = tuple[list[str], list[str]]
+"""Of the state's features and of the metrics, in the order of most rows."""
+
+
+def look_at(used: DataFrame) -> Names | None:
+    """The names in the first rows, where all of them have the same ones: then the others will too, most likely."""
+    head = used.select(F.map_keys("state_features"), F.map_keys("metrics")).take(HEAD_ROWS)
+    if len({(tuple(state or ()), tuple(metrics or ())) for state, metrics in head}) != 1:
+        return None
+    return head[0][0] or [], head[0][1] or []
+
+
+def all_names(used: DataFrame) -> Names:
+    """The names in all rows."""
+    # Most rows have the same names: few different sets of them are left to be taken apart.
+    known = F.when(~not_finite("metrics"), F.map_keys("metrics"))
+    sets = used.groupBy(F.map_keys("state_features").alias("state"), known.alias("metrics")).count().cache()
+    names = (
+        sets.select(F.lit("state").alias("of"), F.explode("state").alias("name"))
+        .union(sets.select(F.lit("metrics"), F.explode("metrics")))
+        .distinct()
+        .groupBy("of")
+        .agg(F.sort_array(F.collect_list("name")).alias("names"))
+    )
+    found: dict[str, list[str]] = {row["of"]: row["names"] for row in names.collect()}
+    usual = sets.agg(F.max_by("state", "count")).collect()[0][0] or []
+    sets.unpersist()
+    features = found.get("state", [])
+    if len(features) > MOST_FEATURES:
         raise StageError(
-            f"reward.discount {spec.reward.discount}: over an MDP of {steps} decisions it vanishes beyond what a "
-            "number can hold; raise it, end MDPs earlier, or set data.maxLength"
+            f"data.decisionLog: state_features has {len(features):,} different names, such as {features[0]!r} and "
+            f"{features[-1]!r}: more than {MOST_FEATURES:,} features cannot be columns; is an id among the names?"
         )
-    return Plan(sorted(names), data.min_length, longest, data.sample_fraction, spec.seed)
+    return usual + [name for name in features if name not in set(usual)], found.get("metrics", [])
 
 
-_HELPERS = ("first", "step", "steps", LEFT_OUT)
+def make_plan(used: DataFrame, spec: JobSpec, names: Names) -> Plan:
+    """Look over the log for how long its MDPs are."""
+    data, interval = spec.data, spec.reward.discount_interval
+    limit = data.max_length
+    with_id = used.where(F.col("mdp_id").isNotNull() & (F.col("mdp_id") != ""))
+    if data.max_length_percentile or interval:
+        span = F.max("sequence_number") - F.min("sequence_number")
+        lengths = with_id.groupBy("mdp_id").agg(F.count_distinct("sequence_number").alias("length"), span.alias("span"))
+        percentile = F.percentile_approx("length", data.max_length_percentile or 1.0, 10_000)
+        longest, quantile, widest = lengths.agg(F.max("length"), percentile, F.max("span")).collect()[0]
+        if data.max_length_percentile and quantile:
+            limit = min(limit or quantile, quantile)
+        elapsed = (widest or 0) / interval if interval else float(longest or 0)
+    else:
+        # No MDP has more rows than all that share its bucket have: that is all that need be known, and soon counted.
+        bucket = F.pmod(F.xxhash64("mdp_id"), F.lit(BUCKETS))
+        rows = with_id.groupBy(bucket.alias("bucket")).count()
+        elapsed = float(rows.agg(F.max("count")).collect()[0][0] or 0)
+    return Plan(*names, data.min_length, limit, elapsed)
 
 
-def number_steps(checked: DataFrame, plan: Plan) -> DataFrame:
-    """Every row with its place: `step` (0 for the last of its MDP), `steps` in all, `first` of its step, `left_out`.
+def compact(used: DataFrame, plan: Plan) -> DataFrame:
+    """The rows with all that only comes along in one struct, `row`, their state in it as an array in the plan's order.
+
+    A third of the bytes to move and to sort, and one field to copy. `unknown` tells of names that are not in the plan.
+    """
+    rows = _with_tie(used, plan)
+    named = state.has_others("odd", plan.features) | state.has_others("metrics", plan.metrics)
+    array = state.as_array("values", "odd", plan.features)
+    brought = [F.col(f"`{name}`") for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
+    return rows.select(
+        *[name for name in (*_PLACE, "tie") if name in rows.columns],
+        named.alias("unknown"),
+        F.struct(*brought, array.alias("state")).alias("row"),
+    )
+
+
+_PLACE = ("mdp_id", "sequence_number", "event_time", REASON, "ended")
+_NOTES = (CORRUPT, UNREADABLE)
+
+
+def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
+    """Add a hash of the row, so that of two at the same step and instant the same one stays whenever it is asked.
+
+    `values` and `odd` are the state in the usual order of its names, or as it is.
+    """
+    values, odd = state.in_usual_order("state_features", plan.features)
+    rows = used.withColumns({"values": values, "odd": odd})
+    columns: list[Column] = []
+    for name, kind in rows.dtypes:
+        column = F.col(f"`{name}`")
+        if kind.startswith("map"):
+            columns += [F.map_keys(column), F.map_values(column)] if name != "state_features" else []
+        else:
+            columns.append(F.to_json(column) if kind.startswith("array<map") else column)
+    return rows.withColumn("tie", F.xxhash64(*columns))
+
+
+def number_steps(rows: DataFrame, plan: Plan) -> DataFrame:
+    """Every row with its place: `first` of its step or not, `left_out` by a limit or not.
 
     Of rows with the same (mdp_id, sequence_number) the earliest good one stays, other good ones are duplicates.
     """
-    # All that follows goes backwards in time, so that rows are sorted for it once: a sum over the rows from one to the
-    # MDP's end is linear only over preceding rows.
-    backwards = Window.partitionBy("mdp_id").orderBy(
-        F.desc("sequence_number"), F.col(REASON).isNotNull(), "event_time", _all_else(checked)
-    )
+    # All that follows goes backwards in time, so that rows are sorted for it once.
+    rows = rows.withColumn("bad", F.col(REASON).isNotNull())
+    order = Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number"), "bad", "event_time", "tie")
     has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "") & F.col("sequence_number").isNotNull()
-    same = F.lag("sequence_number").over(backwards).eqNullSafe(F.col("sequence_number"))
-    rows = checked.withColumn("first", has_place & ~same)
-    good = F.col(REASON).isNull()
-    rows = rows.withColumns(
-        {
-            REASON: F.when(good & ~F.col("first"), F.lit(DUPLICATE)).otherwise(F.col(REASON)),
-            "step": F.sum(F.col("first").cast("int")).over(backwards.rowsBetween(Window.unboundedPreceding, 0)) - 1,
-            "steps": F.sum(F.col("first").cast("int")).over(Window.partitionBy("mdp_id")),
-        }
-    )
+    same = F.lag("sequence_number").over(order).eqNullSafe(F.col("sequence_number"))
+    rows = rows.withColumn("first", has_place & ~same)
+    duplicate = ~F.col("bad") & ~F.col("first")
+    rows = rows.withColumn(REASON, F.when(duplicate, F.lit(DUPLICATE)).otherwise(F.col(REASON)))
     out = F.lit(False)
-    if plan.sampled < 1:
-        place = F.pmod(F.xxhash64("mdp_id", F.lit(plan.seed)), F.lit(HASHES))
-        out = out | (place >= int(plan.sampled * HASHES))
-    if plan.shortest > 1:
-        out = out | (F.col("steps") < plan.shortest)
-    if plan.longest:
-        out = out | (F.col("steps") > plan.longest)
-    return rows.withColumn(LEFT_OUT, has_place & out)
-
-
-def _all_else(checked: DataFrame) -> Column:
-    """A hash of the row, so that of two at the same step and instant the same one stays whenever it is asked."""
-    columns: list[Column] = []
-    for name, kind in checked.dtypes:
-        columns += [F.map_keys(name), F.map_values(name)] if kind.startswith("map") else [F.col(name)]
-    return F.xxhash64(*columns)
+    if plan.shortest > 1 or plan.longest:
+        steps = F.sum(F.col("first").cast("int")).over(Window.partitionBy("mdp_id"))
+        rows = rows.withColumn("steps", steps)
+        out = (F.col("steps") < plan.shortest) | (F.col("steps") > (plan.longest or math.inf))
+    return rows.withColumn(LEFT_OUT, has_place & out).drop("steps", "bad")
 
 
 def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFrame:
     """The rows fit for use, each with what followed it in its MDP; `numbered` comes from `number_steps`."""
     # A rejected row is a hole: what came before it must not be joined to what came after. One without a readable key
     # has no place, and cuts nothing; one whose step has a good row as well is no hole.
-    backwards = _backwards()
-    steps = numbered.where(F.col("first") & ~F.col(LEFT_OUT))
-    good = F.col(REASON).isNull()
-    last = F.lag("step").over(backwards).isNull()
-    before_hole = ~last & ~F.lag(good).over(backwards)
+    rows = numbered.where(F.col("first") & ~F.col(LEFT_OUT)).withColumn("_good", F.col(REASON).isNull())
+    moved = ["sequence_number", "event_time", "row.action", "row.possible_actions", "_good"]
+    if spec.data.full_rows:
+        moved.append("row.state")
+    # `step` is 0 for the last of an MDP.
+    rows = rows.withColumns(
+        {"step": F.row_number().over(backwards()) - 1, "_next": F.lag(F.struct(*moved)).over(backwards())}
+    )
+    interval = spec.reward.discount_interval
+    latest = F.max("sequence_number").over(so_far())
+    elapsed = (latest - F.col("sequence_number")) / interval if interval else F.col("step").cast("double")
+    logged = {name: F.when(F.col("_good"), F.col("row.metrics")[name]) for name in plan.metrics}
+    rows = add_returns(rows, logged, spec.reward.discount, elapsed, plan.elapsed)
+    last = F.col("_next").isNull()
+    before_hole = ~last & ~F.col("_next._good")
     cut = {
         "terminal": F.lit(False),
         "truncated": last,
-        "column": F.coalesce(F.col("truncated"), F.lit(False)),
+        "column": F.coalesce(F.col("row.truncated"), F.lit(False)),
     }[spec.data.last_step] | before_hole
     if "ended" in numbered.columns:
         # Where ends are reported, an MDP without one is still under way.
         cut = cut | (last & ~F.col("ended"))
-    followed = steps.withColumns({"_good": good, "_truncated": cut, "_last": last})
-    known = ~F.col("_truncated")
-    before = {
-        name: F.lag(name).over(backwards) for name in ("sequence_number", "event_time", "action", "possible_actions")
-    }
-    added = {
-        # For the stage to count: the next decision's time lies before this one's.
-        "before_its_time": F.coalesce(~before_hole & (before["event_time"] < F.col("event_time")), F.lit(False)).cast(
-            "int"
-        ),
-        "ordinal": (F.col("steps") - F.col("step")).cast("int"),
-        "time_diff": F.when(known, before["sequence_number"] - F.col("sequence_number")),
-        "next_action": F.when(known, before["action"]),
-        "possible_next_actions": F.when(known, before["possible_actions"]),
-        "truncated": F.col("_truncated"),
-        "terminal": F.col("_last") & known,
-        **_returns(spec, plan),
-    }
-    followed = followed.withColumns(added).where("_good")
-    helpers = (*_HELPERS, REASON, CORRUPT, UNREADABLE, "ended", "_good", "_truncated", "_last")
-    return followed.drop(*helpers).sortWithinPartitions("mdp_id", "ordinal")
-
-
-def _returns(spec: JobSpec, plan: Plan) -> dict[str, Column]:
-    """Sums of the metrics from each decision on."""
-    backwards = _backwards()
-    from_here = backwards.rowsBetween(Window.unboundedPreceding, 0)
-    discount, good = spec.reward.discount, F.col("_good")
-    # In units of the MDP's first step: going backwards the factor only grows.
-    factor = F.pow(F.lit(discount or 1.0), F.col("steps") - F.col("step"))
-    logged = {m: F.when(good, F.coalesce(F.col("metrics")[m], F.lit(0.0))).otherwise(F.lit(0.0)) for m in plan.metrics}
-
-    def over(frame: Any) -> Column:
-        pairs: list[Column] = []
-        for name, value in logged.items():
-            pairs += [F.lit(name), F.sum(value * factor).over(frame) / factor if discount else value]
-        return F.create_map(*pairs).cast("map<string,double>")
-
-    columns = {"returns": over(from_here)}
-    cut = F.coalesce(F.col("_truncated"), F.lit(False)) | ~good
+    rows = rows.withColumn("_truncated", cut)
+    broken = F.col("_truncated") | ~F.col("_good")
     for n in spec.data.n_steps:
-        frame = backwards.rowsBetween(1 - n, 0)
-        broken = F.max(cut.cast("int")).over(frame) > 0
-        # Cut at the n-th decision itself, all n are known.
-        whole = (F.max(cut.cast("int")).over(backwards.rowsBetween(2 - n, 0)) if n > 1 else F.lit(0)) == 0
-        reached = F.count(F.lit(1)).over(frame) == n
-        columns[f"returns_{n}"] = F.when(~broken | (whole & reached), over(frame))
+        rows = add_returns_over(rows, n, plan.metrics, spec.reward.discount, broken)
     if k := spec.data.reward_timeline_steps:
-        logged_metrics = F.coalesce(F.col("metrics"), F.create_map().cast("map<string,double>"))
-        shown = F.struct(cut.alias("cut"), logged_metrics.alias("metrics"))
-        ahead = F.reverse(F.collect_list(shown).over(backwards.rowsBetween(1 - k, 0)))
-        until = F.array_position(F.transform(ahead, lambda step: step["cut"]), True)
-        within = F.when(until > 0, F.slice(ahead, 1, until.cast("int"))).otherwise(ahead)
-        columns["reward_timeline"] = F.transform(within, lambda step: step["metrics"])
-    return columns
-
-
-def _backwards() -> WindowSpec:
-    return Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number"))
-
-
-def _counts() -> list[Column]:
-    """How many rows of each kind there are; those left out by the job count as nothing else."""
-    kept = ~F.col(LEFT_OUT)
-    kinds = {name: kept & (F.col(REASON) == name) for name in REASONS}
-    return [F.sum(kind.cast("long")).alias(name) for name, kind in (kinds | {LEFT_OUT: F.col(LEFT_OUT)}).items()]
-
-
-def _too_many(rejected: DataFrame, facts: dict[str, Any], spec: JobSpec, path: str) -> str:
-    examples = {
-        r[REASON]: r["mdp_id"] for r in rejected.groupBy(REASON).agg(F.first("mdp_id").alias("mdp_id")).collect()
+        rows = rows.withColumn("reward_timeline", _metrics_ahead(k, broken))
+    known = ~F.col("_truncated")
+    before_its_time = ~before_hole & (F.col("_next.event_time") < F.col("event_time"))
+    rows = rows.withColumn("before_its_time", F.coalesce(before_its_time, F.lit(False)))
+    # Forwards, as they are written, an MDP's first row tells how many there are.
+    forwards = Window.partitionBy("mdp_id").orderBy("sequence_number").rowsBetween(Window.unboundedPreceding, 0)
+    rows = rows.withColumn("_first_step", F.first("step").over(forwards))
+    brought = [name for name in rows.select("row.*").columns if name not in ("state", "truncated")]
+    columns = {
+        **{name: F.col(name) for name in ("mdp_id", "sequence_number", "event_time")},
+        **{name: F.col(f"row.`{name}`") for name in brought},
+        "ordinal": (F.col("_first_step") - F.col("step") + 1).cast("int"),
+        "time_diff": F.when(known, F.col("_next.sequence_number") - F.col("sequence_number")),
+        "next_action": F.when(known, F.col("_next.action")),
+        "possible_next_actions": F.when(known, F.col("_next.possible_actions")),
+        "terminal": last & known,
+        "truncated": F.col("_truncated"),
+        **{name: F.col(name) for name in rows.columns if name.startswith(("returns", "reward_timeline"))},
+        "before_its_time": F.col("before_its_time"),
     }
+    states = state.columns(F.col("row.state"), plan.features, STATE_PREFIX)
+    if spec.data.full_rows:
+        states += state.columns(F.when(known, F.col("_next.state")), plan.features, NEXT_STATE_PREFIX)
+    in_order = rows.where("_good").sortWithinPartitions("mdp_id", "sequence_number")
+    return in_order.select(*[column.alias(name) for name, column in columns.items()], *states)
+
+
+def _metrics_ahead(k: int, broken: Column) -> Column:
+    """The metrics of the next k decisions, as far as they are known."""
+    logged = F.coalesce(F.col("row.metrics"), F.create_map().cast("map<string,double>"))
+    shown = F.struct(broken.alias("broken"), logged.alias("metrics"))
+    ahead = F.reverse(F.collect_list(shown).over(backwards().rowsBetween(1 - k, 0)))
+    until = F.array_position(F.transform(ahead, lambda step: step["broken"]), True)
+    within = F.when(until > 0, F.slice(ahead, 1, until.cast("int"))).otherwise(ahead)
+    return F.transform(within, lambda step: step["metrics"])
+
+
+def set_aside(used: DataFrame, plan: Plan, path: Path, nothing: bool) -> None:
+    """Write the rejected rows whole, each with its reason."""
+    helpers = ("first", LEFT_OUT, "tie", "values", "odd")
+    if nothing:
+        number_steps(_with_tie(used.limit(0), plan), plan).drop(*helpers).write.parquet(str(path))
+        return
+    # Only an MDP with a row that is bad, or there twice, need be put in order again.
+    rejected = F.max(F.col(REASON).isNotNull()) | (F.count("sequence_number") > F.count_distinct("sequence_number"))
+    affected = used.groupBy("mdp_id").agg(rejected.alias("affected")).where("affected")
+    theirs = used.alias("used").join(affected.alias("a"), F.expr("used.mdp_id <=> a.mdp_id"), "left_semi")
+    numbered = number_steps(_with_tie(theirs, plan), plan)
+    numbered.where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT)).drop(*helpers).write.parquet(str(path))
+
+
+def count_reasons(spark: SparkSession, quarantine: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """How many rows were set aside for each reason, and an MDP that has one."""
+    found = (
+        spark.read.parquet(str(quarantine))
+        .groupBy(REASON)
+        .agg(F.count("*").alias("n"), F.first("mdp_id", ignorenulls=True).alias("mdp_id"))
+        .orderBy(REASON)
+        .collect()
+    )
+    return {row[REASON]: row["n"] for row in found}, {row[REASON]: row["mdp_id"] for row in found}
+
+
+def _too_many(facts: dict[str, Any], examples: dict[str, Any], spec: JobSpec, path: str) -> str:
     table = "\n".join(
-        f"  {reason:28} {count:>10,}  e.g. mdp_id {examples.get(reason)}" for reason, count in facts["reasons"].items()
+        f"  {reason:28} {count:>10,}  e.g. mdp_id {examples[reason]}" for reason, count in facts["reasons"].items()
     )
     used = facts["rows_in"] - facts["rows_left_out"]
     return (

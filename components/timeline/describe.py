@@ -7,69 +7,96 @@ from typing import Any
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from contracts.transitions import STATE_PREFIX
+
 BINS = 30
-COVERAGE_ROWS = 200_000
+SAMPLE_ROWS = 1_000_000
+SKEW = 0.02
+"""Of all rows in one MDP, and more than `MANY_TIMES` the mean: worth a warning."""
+MANY_TIMES = 20
 
 
-def describe(transitions: DataFrame) -> dict[str, Any]:
+def describe(transitions: DataFrame, rows: int, features: list[str], metrics: list[str]) -> dict[str, Any]:
     """Ends of MDPs, histograms of lengths, metrics and propensities, action frequencies, coverage of the features.
 
     A histogram is {count, mean, minimum, maximum, edges [BINS + 1], counts [BINS]}; one that never varies has one bin.
-    `mdps_over_days` counts the MDPs with decisions on more than one day, `largest_mdp` is the longest one. Coverage is
-    of a sample of the rows when there are many.
+    `mdps_over_days` counts the MDPs with decisions on more than one day, `largest_mdp` is the longest one, `warnings`
+    says what people should look at. Where there are more than `SAMPLE_ROWS` rows, all but lengths and ends is of whole
+    files with about as many, `described` in all: files hold MDPs by the hash of their ids.
     """
+    days = F.to_date("event_time")
     mdps = (
         transitions.groupBy("mdp_id")
         .agg(
             F.count("*").cast("double").alias("length"),
-            (F.min(F.to_date("event_time")) != F.max(F.to_date("event_time"))).cast("int").alias("over_days"),
+            (F.min(days) != F.max(days)).cast("int").alias("over_days"),
+            F.sum(F.col("truncated").cast("int")).alias("truncated"),
+            F.sum(F.col("terminal").cast("int")).alias("terminal"),
         )
         .cache()
     )
-    totals = mdps.agg(F.sum("over_days"), F.max(F.struct("length", "mdp_id"))).collect()[0]
-    rows, truncated, terminal, names = transitions.agg(
-        F.count("*"),
-        F.sum(F.col("truncated").cast("int")),
-        F.sum(F.col("terminal").cast("int")),
-        F.array_distinct(F.flatten(F.collect_set(F.map_keys("metrics")))),
-    ).collect()[0]
-    metrics = sorted(names)
-    sample = transitions.sample(fraction=COVERAGE_ROWS / rows, seed=0) if rows > COVERAGE_ROWS else transitions
-    present = sample.select(F.explode("state_features")).where(F.col("value").isNotNull())
-    coverage = present.groupBy("key").count().orderBy("key").collect()
-    sampled = sample.count()
-    actions = transitions.groupBy("action").count().orderBy("action").collect()
+    totals = mdps.agg(F.sum("over_days"), F.max(F.struct("length", "mdp_id")), F.sum("truncated"), F.sum("terminal"))
+    over_days, largest, truncated, terminal = totals.collect()[0]
+    sample = transitions
+    if rows > SAMPLE_ROWS:
+        files = sorted(transitions.inputFiles())
+        sample = transitions.sparkSession.read.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
+    described = sample.count()
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}
-    found = histograms(transitions, values | {"propensity": F.col("action_probability")})
+    counts = [F.count(F.col(f"`{STATE_PREFIX}{name}`")) for name in features]
+    counted = sample.agg(*counts).collect()[0] if features else []
+    named = {"action": F.col("action")} if dict(transitions.dtypes)["action"] == "string" else {}
+    found, categories = distributions(sample, values | {"propensity": F.col("action_probability")}, named)
     return {
+        "described": described,
         "truncated": truncated,
         "terminal": terminal,
-        "mdps_over_days": totals[0],
-        "largest_mdp": {"mdp_id": totals[1]["mdp_id"], "rows": int(totals[1]["length"])},
-        "actions": {row["action"]: row["count"] for row in actions},
-        "coverage": {row["key"]: row["count"] / sampled for row in coverage},
-        "lengths": histograms(mdps, {"length": F.col("length")})["length"],
+        "mdps_over_days": over_days,
+        "largest_mdp": {"mdp_id": largest["mdp_id"], "rows": int(largest["length"])},
+        "warnings": warnings(largest, rows, mdps.count()),
+        "actions": dict(sorted(categories.get("action", {}).items())),
+        "coverage": {name: count / described for name, count in zip(features, counted, strict=True)},
+        "lengths": distributions(mdps, {"length": F.col("length")})[0]["length"],
         "metrics": {name: found[f"metric {name}"] for name in metrics},
         "propensities": found["propensity"],
     }
 
 
-def histograms(frame: DataFrame, values: dict[str, Column]) -> dict[str, dict[str, Any]]:
-    """The distribution of each column over the rows that have it: two passes, whatever the number of columns."""
-    ends = frame.agg(
-        *[part for value in values.values() for part in (F.count(value), F.avg(value), F.min(value), F.max(value))]
-    ).collect()[0]
-    result, counts = {}, []
-    for i, (name, value) in enumerate(values.items()):
-        count, mean, low, high = ends[4 * i : 4 * i + 4]
+def warnings(largest: Any, rows: int, mdps: int) -> list[str]:
+    share = largest["length"] / rows
+    if share < SKEW or largest["length"] < MANY_TIMES * rows / mdps:
+        return []
+    return [
+        f"MDP {largest['mdp_id']} holds {share:.1%} of all rows, {largest['length'] * mdps / rows:,.0f} times the "
+        "mean: a robot, a default id? data.maxLength leaves it out"
+    ]
+
+
+def distributions(
+    frame: DataFrame, numbers: dict[str, Column], names: dict[str, Column] | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """The histogram of each column of numbers over the rows that have it, and how often each of the names occurs.
+
+    Two passes, whatever the number of columns.
+    """
+    parts = [part for value in numbers.values() for part in (F.count(value), F.avg(value), F.min(value), F.max(value))]
+    ends = list(frame.agg(*parts).collect()[0])
+    histograms: dict[str, dict[str, Any]] = {}
+    places = dict(names or {})
+    for name, value in numbers.items():
+        (count, mean, low, high), ends = ends[:4], ends[4:]
         bins = BINS if count and high > low else 1 if count else 0
         width = (high - low) / bins if bins else 0.0
         edges = [low + width * b for b in range(bins)] + [high] if bins else []
-        result[name] = {"count": count, "mean": mean, "minimum": low, "maximum": high, "edges": edges}
+        found = {"count": count, "mean": mean, "minimum": low, "maximum": high, "edges": edges, "counts": [0] * bins}
+        histograms[name] = found
         place = F.least(F.floor((value - low) / width), F.lit(bins - 1)) if width else F.lit(0)
-        counts += [F.sum((value.isNotNull() & (place == b)).cast("long")) for b in range(bins)]
-    heights = list(frame.agg(*counts).collect()[0]) if counts else []
-    for found in result.values():
-        bins = max(len(found["edges"]) - 1, 0)
-        found["counts"], heights = heights[:bins], heights[bins:]
-    return result
+        places[name] = F.when(value.isNotNull(), place).cast("string")
+    pairs = [F.struct(F.lit(of).alias("of"), place.alias("place")) for of, place in places.items()]
+    occurs: dict[str, dict[str, int]] = {}
+    for of, place, count in frame.select(F.inline(F.array(*pairs))).groupBy("of", "place").count().collect():
+        if of in histograms and place is not None:
+            histograms[of]["counts"][int(place)] = count
+        elif of not in histograms:
+            occurs.setdefault(of, {})[place] = count
+    return histograms, occurs

@@ -21,6 +21,9 @@ _TEMPLATE = template("""\
 <tr><td>{{ name }}</td><td>{{ "{:,}".format(value) }}</td></tr>
 {% endfor %}
 </table>
+{% for warning in warnings %}
+<p class="verdict" style="border-color: {{ colours.inconclusive }}">{{ warning }}</p>
+{% endfor %}
 {% if reasons %}
 <h2>Quarantine by reason</h2>
 <table>{% for name, n in reasons.items() %}
@@ -37,6 +40,7 @@ def write_page(report: dict[str, Any], path: str | Path) -> None:
     counts = {
         "Rows read": report["rows_in"],
         "Transitions": report["rows_out"],
+        "Described below": report["described"],
         "Quarantined": report["rows_quarantined"],
         "Left out by the job": report["rows_left_out"],
         "MDPs": report["lengths"]["count"],
@@ -46,7 +50,8 @@ def write_page(report: dict[str, Any], path: str | Path) -> None:
         "MDPs over several days": report["mdps_over_days"],
         f"Longest MDP ({report['largest_mdp']['mdp_id']})": report["largest_mdp"]["rows"],
     }
-    html = _TEMPLATE.render(title="Timeline", counts=counts, reasons=report["reasons"], figure=_figure(report))
+    found = {name: report[name] for name in ("reasons", "warnings")}
+    html = _TEMPLATE.render(title="Timeline", counts=counts, figure=_figure(report), **found)
     Path(path).write_text(html)
 
 
@@ -54,16 +59,17 @@ def _figure(report: dict[str, Any]) -> str:
     panels = [("decisions per MDP", report["lengths"])]
     panels += [(f"{name} per decision", found) for name, found in report["metrics"].items()]
     panels.append(("propensity of the action", report["propensities"]))
-    rows = -(-(len(panels) + 2) // COLUMNS)
+    bars = {"rows that have the feature": report["coverage"]}
+    if total := sum(report["actions"].values()):
+        bars = {"actions": {name: count / total for name, count in report["actions"].items()}} | bars
+    rows = -(-(len(panels) + len(bars)) // COLUMNS)
     figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axis, (title, found) in zip(axes, panels, strict=False):
         _histogram(axis, title, found)
-    total = sum(report["actions"].values())
-    shares = {name: count / total for name, count in report["actions"].items()}
-    _bars(axes[len(panels)], "actions", shares)
-    _bars(axes[len(panels) + 1], "rows that have the feature", report["coverage"])
-    for axis in axes[len(panels) + 2 :]:
+    for axis, (title, shares) in zip(axes[len(panels) :], bars.items(), strict=False):
+        _bars(axis, title, shares)
+    for axis in axes[len(panels) + len(bars) :]:
         axis.set_axis_off()
     return svg(figure)
 

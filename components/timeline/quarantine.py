@@ -6,8 +6,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from components.timeline.read import CORRUPT, UNREADABLE
-from contracts.decision_log import SCHEMA
-from contracts.job import REWARD
+from contracts.job import JobSpec
 
 REASON = "quarantine_reason"
 DUPLICATE = "duplicate_step"
@@ -15,37 +14,22 @@ SMALLEST_PROBABILITY = 1e-30
 """A smaller one would make importance weights overflow."""
 
 
-REASONS = (
-    "unparsable",
-    *(f"unreadable_{name}" for name in (*SCHEMA.names, REWARD)),
-    "missing_mdp_id",
-    "missing_sequence_number",
-    "missing_event_time",
-    "missing_action",
-    "unknown_action",
-    "action_not_possible",
-    "probability_out_of_range",
-    "non_finite_feature",
-    "non_finite_metric",
-    DUPLICATE,
-)
+def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
+    """Add the column `quarantine_reason`: the first thing wrong with a row by itself, null when it is fit for use.
 
-
-def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
-    """Add the column `quarantine_reason`: the first thing wrong with a row by itself, null when it is fit for use."""
-    possible = F.coalesce(F.col("possible_actions"), F.array(*[F.lit(a) for a in actions]))
-    known = F.array(*[F.lit(a) for a in actions])
+    The reasons: `unparsable` (a line), `unreadable_<column>`, `missing_<column>` of a key, the time or the action,
+    `unknown_action`, `action_not_possible`, `probability_out_of_range`, `non_finite_feature`, `non_finite_action`,
+    `non_finite_metric`. `duplicate_step` is told when rows are put in order.
+    """
     checks: list[tuple[str, Column]] = [
         ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),
         ("missing_sequence_number", F.col("sequence_number").isNull()),
         ("missing_event_time", F.col("event_time").isNull()),
-        ("missing_action", F.col("action").isNull() | (F.col("action") == "")),
-        ("unknown_action", ~F.array_contains(known, F.col("action"))),
-        ("action_not_possible", ~F.coalesce(F.array_contains(possible, F.col("action")), F.lit(False))),
+        *(_named_action(spec.actions) if spec.action_space == "discrete" else _described_action()),
         # Null is a log without propensities; NaN compares greater than any number in Spark.
         ("probability_out_of_range", ~F.col("action_probability").between(F.lit(SMALLEST_PROBABILITY), F.lit(1.0))),
-        ("non_finite_feature", F.exists(F.map_values("state_features"), not_finite)),
-        ("non_finite_metric", F.exists(F.map_values("metrics"), not_finite)),
+        ("non_finite_feature", not_finite("state_features")),
+        ("non_finite_metric", not_finite("metrics")),
     ]
     reason = F.coalesce(
         F.when(F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull(), F.lit("unparsable")),
@@ -55,5 +39,32 @@ def with_reason(log: DataFrame, actions: list[str]) -> DataFrame:
     return log.withColumn(REASON, reason)
 
 
-def not_finite(value: Column) -> Column:
-    return F.isnan(value) | (F.abs(value) == float("inf"))
+def _named_action(actions: list[str]) -> list[tuple[str, Column]]:
+    known = F.array(*[F.lit(a) for a in actions])
+    possible = F.coalesce(F.col("possible_actions"), known)
+    return [
+        ("missing_action", F.col("action").isNull() | (F.col("action") == "")),
+        ("unknown_action", ~F.array_contains(known, F.col("action"))),
+        ("action_not_possible", ~F.coalesce(F.array_contains(possible, F.col("action")), F.lit(False))),
+    ]
+
+
+def _described_action() -> list[tuple[str, Column]]:
+    def comparable(action: Column) -> Column:
+        # Maps are not comparable in Spark, and have no order.
+        return F.array_sort(F.map_entries(action))
+
+    among = F.exists("possible_actions", lambda one: comparable(one) == comparable(F.col("action")))
+    return [
+        ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
+        ("non_finite_action", not_finite("action")),
+        ("action_not_possible", F.col("possible_actions").isNotNull() & ~F.coalesce(among, F.lit(False))),
+    ]
+
+
+def not_finite(features: str) -> Column:
+    """Whether a map holds NaN or an infinite number."""
+    # NaN is greater than infinity in Spark; the extremes are found in compiled code, a lambda is interpreted.
+    values = F.map_values(features)
+    high, low = F.array_max(values), F.array_min(values)
+    return F.coalesce((high >= float("inf")) | (low == -float("inf")), F.lit(False))

@@ -16,7 +16,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, spark_ddl
+from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, schema, spark_ddl
 from contracts.job import REWARD, Data, split_paths
 from contracts.stage import StageError
 
@@ -30,17 +30,19 @@ SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
 _STRINGS = T.MapType(T.StringType(), T.StringType())
 
 
-def read_log(spark: SparkSession, path: str, data: Data | None = None) -> DataFrame:
+def read_log(spark: SparkSession, path: str, data: Data | None = None, action_space: str = "discrete") -> DataFrame:
     """The decision log at `path` (several, separated by commas) with the contract's columns and those two notes.
 
     JSON lines, CSV (maps and arrays as JSON in a cell), Parquet, ORC and tables are read; `data` gives the format where
     suffixes do not tell it, the names of the columns where they are others, and the partitions to read. A sequence
     number may be a number or a time (microseconds then); a log without event times is given some from its partition
-    and sequence numbers, since only their order is needed. A bare `reward` column is taken as the metric `reward`.
+    and sequence numbers, since only their order is needed. A bare `reward` column is taken as the metric `reward`. The
+    join keys that the job names for its feature service come along as they are.
     Raises `StageError` for a path that is not there, a column that is missing, and files that cannot be read together.
     """
     data = data or Data()
-    raw = _load(spark, path, data, "data.decisionLog")
+    wanted = spark_schema(schema(action_space))
+    raw = _load(spark, path, data, "data.decisionLog", wanted)
     if data.partition:
         name = data.partition.column
         if name not in raw.columns:
@@ -54,6 +56,10 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None) -> DataFr
             raise StageError(f"data.decisionLog {path}: column {theirs}{given} is missing; found {_found(raw)}")
     if missing := [name for name in data.state_columns if name not in raw.columns]:
         raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(raw)}")
+    if missing := [name for name in data.features.keys if name not in raw.columns]:
+        raise StageError(f"data.features.keys: {missing[0]} is missing from {path}; found {_found(raw)}")
+    if clash := set(data.features.keys).intersection(wanted.names):
+        raise StageError(f"data.features.keys: {sorted(clash)[0]} is a column of the log's own; rename the join key")
     known = {ours: theirs for ours, theirs in names.items() if theirs in raw.columns}
     if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
         del known["event_time"]
@@ -64,17 +70,18 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None) -> DataFr
         )
     if data.state_columns:
         known.pop("state_features", None)
-    return _conform(raw, known, spark_schema(SCHEMA), data)
+    return _conform(raw, known, wanted, data)
 
 
 def read_outcomes(spark: SparkSession, path: str) -> DataFrame:
     """The outcomes at `path`, in any of the log's formats, with their contract's columns and the same two notes."""
-    raw = _load(spark, path, Data(), "data.outcomes")
+    wanted = spark_schema(OUTCOMES_SCHEMA)
+    raw = _load(spark, path, Data(), "data.outcomes", wanted)
     for required in ("mdp_id", "sequence_number"):
         if required not in raw.columns:
             raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(raw)}")
     known = {name: name for name in (*OUTCOMES_SCHEMA.names, REWARD) if name in raw.columns}
-    return _conform(raw, known, spark_schema(OUTCOMES_SCHEMA), Data())
+    return _conform(raw, known, wanted, Data())
 
 
 def _names(data: Data) -> dict[str, str]:
@@ -82,8 +89,8 @@ def _names(data: Data) -> dict[str, str]:
     return {name: getattr(data.columns, name) or name for name in (*SCHEMA.names, REWARD)}
 
 
-def spark_schema(schema: pa.Schema) -> T.StructType:
-    kinds = T.StructType.fromDDL(spark_ddl(schema))
+def spark_schema(contract: pa.Schema) -> T.StructType:
+    kinds = T.StructType.fromDDL(spark_ddl(contract))
     assert isinstance(kinds, T.StructType)
     return kinds
 
@@ -92,7 +99,7 @@ def _found(frame: DataFrame) -> str:
     return ", ".join(name for name in frame.columns if name != CORRUPT) or "no column at all"
 
 
-def _load(spark: SparkSession, text: str, data: Data, field: str) -> DataFrame:
+def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.StructType) -> DataFrame:
     """The rows as they lie."""
     paths = split_paths(text)
     form: str = data.format
@@ -107,7 +114,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str) -> DataFrame:
     form = _form(spark, paths) if form == "auto" else form
     try:
         # Each by itself: partitions of several roots have nothing in common for Spark to find.
-        return _union([_load_one(spark, path, form, data) for path in paths])
+        return _union([_load_one(spark, path, form, data, wanted) for path in paths])
     except (PySparkException, Py4JJavaError) as error:
         said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
         raise StageError(
@@ -116,14 +123,14 @@ def _load(spark: SparkSession, text: str, data: Data, field: str) -> DataFrame:
         ) from None
 
 
-def _load_one(spark: SparkSession, path: str, form: str, data: Data) -> DataFrame:
+def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.StructType) -> DataFrame:
     reader = spark.read
     root = _root(spark, path)
     if root:
         reader = reader.option("basePath", root)
     if form == "json":
         # Everything by its text: a number where a string belongs, or the other way round, loses nothing.
-        return reader.schema(_json_schema(data)).option("columnNameOfCorruptRecord", CORRUPT).json(path)
+        return reader.schema(_json_schema(data, wanted)).option("columnNameOfCorruptRecord", CORRUPT).json(path)
     if form == "csv":
         # Spark takes one file's header for all of them.
         reader = reader.options(header=True, escape='"', multiLine=True)
@@ -151,17 +158,21 @@ def _root(spark: SparkSession, path: str) -> str:
     return root if all(status.isDirectory() for status in _statuses(spark, root)) else ""
 
 
-def _json_schema(data: Data) -> T.StructType:
+def _json_schema(data: Data, wanted: T.StructType) -> T.StructType:
     """Every column by its text: a number where a string belongs, or the other way round, is still told apart later."""
-    kinds = {field.name: field.dataType for schema in (SCHEMA, OUTCOMES_SCHEMA) for field in spark_schema(schema)}
-    texts = {T.MapType: _STRINGS, T.ArrayType: T.ArrayType(T.StringType())}
-    names = {name: name for name in kinds} | _names(data)
-    columns = {names[name]: texts.get(type(kind), T.StringType()) for name, kind in kinds.items()}
-    more = [names[REWARD], "ds", *data.state_columns]
+    names = {name: name for name in wanted.names} | _names(data)
+    columns = {names[field.name]: _as_text(field.dataType) for field in wanted}
+    more = [names[REWARD], "ds", *data.state_columns, *data.features.keys]
     if data.partition:
         more.append(data.partition.column)
     columns |= {name: T.StringType() for name in more}
     return T.StructType([T.StructField(name, kind) for name, kind in (columns | {CORRUPT: T.StringType()}).items()])
+
+
+def _as_text(kind: T.DataType) -> T.DataType:
+    if isinstance(kind, T.ArrayType):
+        return T.ArrayType(_as_text(kind.elementType))
+    return _STRINGS if isinstance(kind, T.MapType) else T.StringType()
 
 
 def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: Data) -> DataFrame:
@@ -196,6 +207,7 @@ def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: 
     first = F.coalesce(*unreadable) if unreadable else F.lit(None).cast("string")
     return raw.select(
         *[column.alias(name) for name, column in columns.items()],
+        *[F.col(f"`{name}`") for name in data.features.keys],
         F.when(first.isNotNull(), F.coalesce(torn, as_it_was)).otherwise(torn).alias(CORRUPT),
         F.when(torn.isNull(), first).alias(UNREADABLE),
     )
@@ -209,6 +221,8 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
         value = _ordinal(raw, given)
     elif isinstance(wanted, T.MapType):
         return _number_map(raw, given)
+    elif isinstance(wanted, T.ArrayType) and isinstance(wanted.elementType, T.MapType):
+        return _number_maps(raw, given)
     elif isinstance(wanted, T.ArrayType):
         value = F.from_json(raw, "array<string>") if isinstance(given, T.StringType) else raw.try_cast("array<string>")
     elif isinstance(wanted, T.TimestampType) and isinstance(given, T.NumericType):
@@ -253,6 +267,21 @@ def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
     bad = twice | F.exists(F.map_values(numbers), lambda v: v.isNull())
     if isinstance(given, T.MapType) and not isinstance(given.keyType, T.StringType):
         numbers = F.transform_keys(numbers, lambda k, _: k.cast("string"))
+    return numbers, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
+
+
+def _number_maps(raw: Column, given: T.DataType) -> tuple[Column, Column]:
+    """A list of maps of numbers by name."""
+    if isinstance(given, T.ArrayType) and isinstance(given.elementType, T.StructType):
+        raw, given = F.to_json(raw), T.StringType()
+    if isinstance(given, T.StringType):
+        texts = F.from_json(raw, T.ArrayType(_STRINGS))
+    elif isinstance(given, T.ArrayType) and isinstance(given.elementType, T.MapType):
+        texts = raw
+    else:
+        return F.lit(None).cast("array<map<string,double>>"), raw.isNotNull()
+    numbers = F.transform(texts, lambda one: F.transform_values(one, lambda _, v: v.try_cast("double")))
+    bad = F.exists(numbers, lambda one: one.isNull() | F.exists(F.map_values(one), lambda v: v.isNull()))
     return numbers, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
 
 

@@ -22,6 +22,7 @@ class Batch:
     next_state: Tensor  # float32 [B, F]; any value where terminal
     next_possible: Tensor  # bool [B, A]
     terminal: Tensor  # bool [B]
+    discount: Tensor  # float32 [B], what a value at the next state counts for
 
 
 class DQNTrainer:
@@ -32,12 +33,11 @@ class DQNTrainer:
     possible at s' are never chosen. The loss is Huber's.
     """
 
-    def __init__(self, network: nn.Module, config: DQN, discount: float, distributed: nn.Module | None = None) -> None:
+    def __init__(self, network: nn.Module, config: DQN, distributed: nn.Module | None = None) -> None:
         self.network = network
         self.forward = distributed or network  # the same network, its gradients averaged over the workers
         self.target = copy.deepcopy(network).requires_grad_(False)
         self.config = config
-        self.discount = discount
         self.optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class DQNTrainer:
             chooser = self.network(batch.next_state) if self.config.double else next_target
             choice = chooser.masked_fill(~batch.next_possible, -torch.inf).argmax(1, keepdim=True)
             following = next_target.gather(1, choice).squeeze(1)
-            wanted = batch.reward + self.discount * torch.where(batch.terminal, 0.0, following)
+            wanted = batch.reward + batch.discount * torch.where(batch.terminal, 0.0, following)
         q = self.forward(batch.state).gather(1, batch.action.unsqueeze(1)).squeeze(1)
         loss = functional.smooth_l1_loss(q, wanted)
         self.optimizer.zero_grad(set_to_none=True)

@@ -123,11 +123,12 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     next_row = torch.from_numpy(data.next_row)
     possible = torch.from_numpy(data.possible)
     terminal = torch.from_numpy(data.terminal)
+    discount = torch.from_numpy(data.discount(spec.reward))
     algorithm = spec.algorithm.dqn
     network = build_network(algorithm, normalization, len(spec.actions))
     started_from = start_from(warm_start, network, normalization, list(spec.actions)) if warm_start else None
     distributed = DistributedDataParallel(network, forward_sync_buffers=False)
-    trainer = DQNTrainer(network, algorithm, spec.reward.discount, distributed)
+    trainer = DQNTrainer(network, algorithm, distributed)
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     batches = torch.from_numpy(
@@ -145,6 +146,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         "workers": workers,
         "metric_weights": spec.reward.metric_weights,
         "discount": spec.reward.discount,
+        "discount_interval": spec.reward.discount_interval,
         "warm_start": started_from,
     }
     board = SummaryWriter(output / "tensorboard") if rank == 0 else None
@@ -153,9 +155,16 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     for step in range(finished * per_epoch + 1, steps + 1):
         rows = batches[step - 1]
         following = next_row[rows]
-        loss, q_mean = trainer.step(
-            Batch(state[rows], action[rows], reward[rows], state[following], possible[following], terminal[rows])
+        batch = Batch(
+            state=state[rows],
+            action=action[rows],
+            reward=reward[rows],
+            next_state=state[following],
+            next_possible=possible[following],
+            terminal=terminal[rows],
+            discount=discount[rows],
         )
+        loss, q_mean = trainer.step(batch)
         recent.append(loss)
         if step % LOG_EVERY and step % per_epoch:
             continue

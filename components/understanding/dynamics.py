@@ -75,13 +75,13 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
 
 
 def _next_names(features: list[str], normalization: NormalizationSpec) -> list[str]:
-    """A name for each normalized column of the next state; an enum has one for each of its values."""
+    """A name for each normalized column of the next state; an enum has one for each of its values, and one more."""
     enums = {f.name: f.values for f in normalization.features if f.type == "enum"}
     seen: Counter[str] = Counter()
     names = []
     for feature in features:
-        value = f" = {enums[feature][seen[feature]]:g}" if feature in enums else ""
-        names.append(f"next {feature}{value}")
+        values = [f" = {value:g}" for value in enums[feature]] + [" = other"] if feature in enums else [""]
+        names.append(f"next {feature}{[*values, ' is there'][seen[feature]]}")
         seen[feature] += 1
     return names
 

@@ -14,7 +14,16 @@ import yaml
 from pydantic import BaseModel
 
 from bluewhale_operator.outcome import GROUP
-from contracts.job import SCHEDULED_NAME_LENGTH, SCHEDULED_NAME_TOO_LONG, Algorithm, Canary, JobSpec, Training, Workers
+from contracts.job import (
+    SCHEDULED_NAME_LENGTH,
+    SCHEDULED_NAME_TOO_LONG,
+    Algorithm,
+    Canary,
+    Features,
+    JobSpec,
+    Training,
+    Workers,
+)
 from contracts.policy_service import Candidate, PolicyServiceSpec
 from contracts.status import Condition, JobStatus, PolicyServiceStatus, StageStatus
 
@@ -62,6 +71,14 @@ LIST_KEYS: dict[type[BaseModel], str] = {Condition: "type", StageStatus: "name"}
 """What tells apart the items of a list that several writers share."""
 
 RULES: dict[type[BaseModel], list[Rule]] = {
+    Features: [
+        Rule("has(self.repository) == has(self.service)", "repository and service go together", "service"),
+        Rule(
+            "has(self.service) || (self.keys.size() == 0 && !has(self.actionKey))",
+            "keys and actionKey are join keys of a service",
+            "keys",
+        ),
+    ],
     Workers: [Rule("self.min <= self.max", "min must not exceed max", "min")],
     Training: [
         Rule("self.batchSize % self.workers.max == 0", "batchSize must be a multiple of workers.max", "batchSize")
@@ -74,6 +91,11 @@ RULES: dict[type[BaseModel], list[Rule]] = {
         )
     ],
     JobSpec: [
+        Rule(
+            "self.actionSpace == 'discrete' ? self.actions.size() >= 2 : self.actions.size() == 0",
+            "actions must name two or more discrete actions, and none in another actionSpace",
+            "actions",
+        ),
         Rule("self.actions.all(a, self.actions.exists_one(b, a == b))", "actions must be distinct", "actions"),
         Rule(
             "has(self.simulation) != (self.data.?decisionLog.orValue('') != '')",

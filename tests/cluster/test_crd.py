@@ -199,15 +199,21 @@ def test_a_wrong_field_is_refused_by_its_path(api: Api, spec: Object, said: str)
 
 def test_keys_of_the_online_store_are_passed_on(api: Api) -> None:
     store = {"type": "redis", "connection_string": "redis:6379", "nested": {"a": [1]}}
-    assert api.create(job(features={"onlineStore": store}), dryRun="All")["spec"]["features"]["onlineStore"] == store
+    data = {"decisionLog": "log.parquet", "features": {"onlineStore": store}}
+    kept = api.create(job(data=data), dryRun="All")["spec"]["data"]["features"]["onlineStore"]
+    assert kept == store
 
 
 def test_a_key_of_the_online_store_is_as_fixed_as_any_field(api: Api, created: Any) -> None:
-    old = created(job(features={"onlineStore": {"type": "redis", "connection_string": "a:1"}}))
-    changed = job(features={"onlineStore": {"type": "redis", "connection_string": "b:1"}})
+    def at(address: str) -> Any:
+        store = {"type": "redis", "connection_string": address}
+        return job(data={"decisionLog": "log.parquet", "features": {"onlineStore": store}})
+
+    old = created(at("a:1"))
+    changed = at("b:1")
     with pytest.raises(ApiException) as error:
         api.replace({**changed, "metadata": old["metadata"]}, dryRun="All")
-    assert "features of a job that runs once" in refusal(error)
+    assert "data of a job that runs once" in refusal(error)
 
 
 def test_the_status_is_written_apart_from_the_spec(api: Api, created: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from components.transitions import Transitions, load_transitions
 from contracts.hashing import unit_interval
-from contracts.job import JobSpec
+from contracts.job import JobSpec, Reward
 from contracts.stage import StageError, stage
 
 SPEC = JobSpec.model_validate({"actions": ["left", "right", "stay"]})
@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         "possible_actions": pa.list_(pa.string()),
         "metrics": MAP,
         "returns": MAP,
+        "time_diff": pa.int64(),
         "terminal": pa.bool_(),
         "truncated": pa.bool_(),
         "state_speed": pa.float64(),
@@ -41,6 +42,7 @@ def row(mdp_id: str, ordinal: int, **changes: Any) -> dict[str, Any]:
         "possible_actions": None,
         "metrics": {"gain": 1.0},
         "returns": {"gain": 1.0},
+        "time_diff": 1,
         "terminal": False,
         "truncated": False,
         "state_speed": 0.0,
@@ -200,3 +202,24 @@ def test_a_larger_share_keeps_what_was_held_out_held_out(many: Transitions) -> N
 def test_a_split_with_an_empty_side_is_refused(many: Transitions, fraction: float) -> None:
     with pytest.raises(StageError, match=r"data\.holdoutFraction .*400 MDPs.*both sides need some"):
         many.split(job(fraction))
+
+
+class TestDiscount:
+    def test_is_the_same_for_every_step_where_the_job_says_no_more(self, tmp_path: Path) -> None:
+        data = load(tmp_path, [row("a", 1), row("a", 2), row("b", 1)])
+        reward = Reward(discount=0.5)
+        assert data.discount(reward).tolist() == [0.5] * 3
+        assert data.discount_from_start(reward).tolist() == [1.0, 0.5, 1.0]
+
+    def test_counts_what_lies_between_decisions(self, tmp_path: Path) -> None:
+        rows = [row("a", 1, time_diff=20), row("a", 2, time_diff=5), row("a", 3, time_diff=None, terminal=True)]
+        data = load(tmp_path, [*rows, row("b", 1, time_diff=None, terminal=True)])
+        reward = Reward(discount=0.5, discountInterval=10.0)
+        assert data.discount(reward)[:2].tolist() == pytest.approx([0.25, 0.5**0.5])
+        assert data.discount_from_start(reward).tolist() == pytest.approx([1.0, 0.25, 0.25 * 0.5**0.5, 1.0])
+
+
+def test_actions_that_are_not_discrete_are_refused_before_training(tmp_path: Path) -> None:
+    spec = JobSpec.model_validate({"actionSpace": "continuous"})
+    with pytest.raises(StageError, match=r"actionSpace continuous: .* no algorithm here learns them yet"):
+        load(tmp_path, [row("a", 1)], spec=spec)

@@ -70,8 +70,8 @@ def test_a_job_needs_no_more_than_actions_and_data(tmp_path: Path) -> None:
         ("spec.export.backend", "tensorrt", ["spec.export.backend", "'python'", "'onnxruntime'"]),
         ("spec.simulation.environment", "Pong", ["spec.simulation.environment", "'CartPole-v1'"]),
         ("spec.normalization.overrides", {"x": "log"}, ["spec.normalization.overrides.x", "'box_cox'"]),
-        ("spec.actions", ["only"], ["spec.actions", "at least 2"]),
-        ("spec.actions", ..., ["spec.actions", "required"]),
+        ("spec.actions", ["only"], ["spec", "actions must name two or more"]),
+        ("spec.actions", ..., ["spec", "actions must name two or more"]),
         ("spec.simulation.behaviourPolicy", ..., ["spec.simulation.behaviourPolicy", "required"]),
         ("spec.deploy", [1], ["spec.deploy", "dictionary"]),
         ("metadata.name", "Not_A_Name", ["metadata.name", "a-z0-9", "'Not_A_Name'"]),
@@ -175,8 +175,8 @@ def test_a_file_that_is_not_text_is_not_a_job_file(tmp_path: Path) -> None:
 
 
 def test_the_online_store_passes_further_keys_on(tmp_path: Path, document: dict[str, Any]) -> None:
-    document = change(document, "spec.features", {"onlineStore": {"type": "redis", "connection_string": "h:1"}})
-    store = RLTrainingJob.model_validate(document).spec.features.online_store
+    document = change(document, "spec.data.features", {"onlineStore": {"type": "redis", "connection_string": "h:1"}})
+    store = RLTrainingJob.model_validate(document).spec.data.features.online_store
     assert store.model_dump() == {"type": "redis", "connection_string": "h:1"}
 
 

@@ -60,6 +60,11 @@ def both_wrong(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
 WRONG = 1 - 2 * SMALL.reward
 
 
+def factor(mdp: np.ndarray, discount: float) -> np.ndarray:
+    """What discounts each row to its MDP's beginning."""
+    return np.asarray(discount ** cpe.step_in_mdp(mdp))
+
+
 def sequential(
     model: TabularMdp, log: Log, counts: np.ndarray, q: np.ndarray, weight: np.ndarray | None = None
 ) -> np.ndarray:
@@ -70,7 +75,7 @@ def sequential(
         q[log.step, log.state],
         model.target[log.state],
         log.action,
-        model.discount,
+        factor(log.mdp, model.discount),
         log.mdp,
         counts,
     )
@@ -230,20 +235,21 @@ class TestTheLoggedPolicyItself:
     @pytest.mark.parametrize("slope", [0.0, 1.7])
     def test_the_sequential_estimator_gives_the_logged_mean_when_the_model_sees_no_actions(self, slope: float) -> None:
         q = np.repeat(slope * self.log.state[:, None].astype(float), 2, axis=1)
+        discounts = factor(self.log.mdp, 0.9)
         found = cpe.weighted_sequential_doubly_robust(
-            self.log.metric, self.ones, q, self.target, self.log.action, 0.9, self.log.mdp, self.counts
+            self.log.metric, self.ones, q, self.target, self.log.action, discounts, self.log.mdp, self.counts
         )
-        np.testing.assert_allclose(found, cpe.logged_per_mdp(self.log.metric, 0.9, self.log.mdp, self.counts))
+        np.testing.assert_allclose(found, cpe.logged_per_mdp(self.log.metric, discounts, self.log.mdp, self.counts))
 
 
 def test_the_logged_value_per_mdp_is_a_mean_of_discounted_sums() -> None:
     mdp, metric = np.array([0, 0, 0, 1]), np.array([1.0, 2.0, 4.0, 8.0])
     counts = np.array([[1, 1], [2, 0], [0, 2]])
-    np.testing.assert_allclose(cpe.logged_per_mdp(metric, 0.5, mdp, counts), [(3 + 8) / 2, 3, 8])
+    np.testing.assert_allclose(cpe.logged_per_mdp(metric, factor(mdp, 0.5), mdp, counts), [(3 + 8) / 2, 3, 8])
     np.testing.assert_allclose(cpe.logged_per_step(metric, mdp, counts), [15 / 4, 7 / 3, 8])
 
 
-def long_log(ratios: list[float], steps: int) -> dict[str, np.ndarray]:
+def long_log(ratios: list[float], steps: int, discount: float = 1.0) -> dict[str, np.ndarray]:
     """One MDP per ratio, every step of it with that ratio; the metric is the MDP's number plus one."""
     mdp = np.repeat(np.arange(len(ratios)), steps)
     return {
@@ -253,6 +259,7 @@ def long_log(ratios: list[float], steps: int) -> dict[str, np.ndarray]:
         "target": np.full((len(mdp), 2), 0.5),
         "action": np.zeros(len(mdp), np.int64),
         "mdp": mdp,
+        "factor": factor(mdp, discount),
     }
 
 
@@ -260,34 +267,34 @@ def long_log(ratios: list[float], steps: int) -> dict[str, np.ndarray]:
 def test_only_ratios_of_weights_matter_however_long_an_mdp(ratio: float) -> None:
     with np.errstate(over="raise", invalid="raise"):
         found = cpe.weighted_sequential_doubly_robust(
-            **long_log([ratio, ratio], 2000), discount=1.0, counts=np.array([[1, 1], [2, 0], [0, 2]])
+            **long_log([ratio, ratio], 2000), counts=np.array([[1, 1], [2, 0], [0, 2]])
         )
     np.testing.assert_allclose(found, [3000, 2000, 4000])
 
 
 def test_the_most_likely_mdp_decides_when_weights_are_far_apart() -> None:
     with np.errstate(over="raise", invalid="raise"):
-        found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), discount=1.0, counts=once(2))
+        found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), counts=once(2))
     # At the k-th step the weights stand as 1 to 4^k.
     share = 1 / (1 + 4.0 ** -np.arange(1, 200))
     assert found[0] == pytest.approx(4000 - (1 - share).sum(), rel=1e-9)
 
 
 def test_a_replicate_without_the_most_likely_mdp_is_normalized_over_those_it_drew() -> None:
-    found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), discount=1.0, counts=np.array([[2, 0]]))
+    found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), counts=np.array([[2, 0]]))
     assert found[0] == pytest.approx(2000)
 
 
 def test_an_mdp_that_the_target_policy_would_not_have_lived_counts_for_nothing() -> None:
-    rows = long_log([0.0, 1.0], 3)
-    found = cpe.weighted_sequential_doubly_robust(**rows, discount=0.5, counts=once(2))
+    rows = long_log([0.0, 1.0], 3, discount=0.5)
+    found = cpe.weighted_sequential_doubly_robust(**rows, counts=once(2))
     assert found[0] == pytest.approx(2 * (1 + 0.5 + 0.25))
 
 
 def test_without_any_weight_the_model_alone_is_left() -> None:
-    rows = long_log([0.0, 0.0], 3) | {"q": np.tile([1.0, 3.0], (6, 1))}
+    rows = long_log([0.0, 0.0], 3, discount=0.5) | {"q": np.tile([1.0, 3.0], (6, 1))}
     with np.errstate(invalid="raise"):
-        found = cpe.weighted_sequential_doubly_robust(**rows, discount=0.5, counts=once(2))
+        found = cpe.weighted_sequential_doubly_robust(**rows, counts=once(2))
     assert found[0] == pytest.approx(2.0)
 
 

@@ -38,12 +38,17 @@ def transitions(log: Log) -> Transitions:
         possible=np.ones((n, 2), bool),
         metrics=metrics.astype(np.float32),
         returns=metrics.astype(np.float32),
+        time_diff=np.ones(n),
         terminal=log.ends(),
         truncated=np.zeros(n, bool),
         ordinal=log.step + 1,
         mdp=log.mdp,
         mdp_ids=[str(m) for m in range(int(log.mdp.max()) + 1)],
     )
+
+
+def per_row(discount: float, data: Transitions) -> np.ndarray:
+    return np.full(len(data), discount, np.float32)
 
 
 def every_state() -> np.ndarray:
@@ -68,7 +73,8 @@ def met(log: Log) -> np.ndarray:
 
 
 def test_action_values_of_metrics_of_very_different_size_are_learned(log: Log) -> None:
-    fitted = FittedQ(transitions(log), SPEC, MODEL.discount, seed=0)
+    data = transitions(log)
+    fitted = FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0)
     fitted.fit(MODEL.target[log.state], 900)
     found, wanted = fitted.predict(every_state()), exact()
     for metric in (0, 1):
@@ -77,7 +83,8 @@ def test_action_values_of_metrics_of_very_different_size_are_learned(log: Log) -
 
 
 def test_without_discount_the_metrics_themselves_are_learned(log: Log) -> None:
-    fitted = FittedQ(transitions(log), SPEC, 0.0, seed=0)
+    data = transitions(log)
+    fitted = FittedQ(data, SPEC, per_row(0.0, data), seed=0)
     fitted.fit(np.zeros((len(log.mdp), 2)), 400)
     found = fitted.predict(every_state())
     wanted = np.tile(np.stack([MODEL.reward, [[0, LARGE]] * 3], 2), (MODEL.horizon, 1, 1))
@@ -89,7 +96,7 @@ def test_without_discount_the_metrics_themselves_are_learned(log: Log) -> None:
 def test_a_rare_metric_is_estimated_by_its_mean(log: Log) -> None:
     data = transitions(log)
     rare = (np.random.default_rng(1).random(len(data)) < 0.02).astype(np.float32)
-    fitted = FittedQ(replace(data, metric_names=["sale"], metrics=rare[:, None]), SPEC, 0.0, seed=0)
+    fitted = FittedQ(replace(data, metric_names=["sale"], metrics=rare[:, None]), SPEC, per_row(0.0, data), seed=0)
     fitted.fit(np.zeros((len(data), 2)), 300)
     mean = fitted.predict(data.state)[np.arange(len(data)), data.action, 0].mean()
     assert mean == pytest.approx(rare.mean(), rel=0.25)
@@ -99,7 +106,7 @@ def test_a_rare_metric_is_estimated_by_its_mean(log: Log) -> None:
 def test_a_metric_that_never_changes_is_learned(log: Log, constant: float) -> None:
     data = transitions(log)
     metrics = np.full((len(data), 1), constant, np.float32)
-    fitted = FittedQ(replace(data, metric_names=["fee"], metrics=metrics), SPEC, 0.0, seed=0)
+    fitted = FittedQ(replace(data, metric_names=["fee"], metrics=metrics), SPEC, per_row(0.0, data), seed=0)
     fitted.fit(np.zeros((len(data), 2)), 300)
     np.testing.assert_allclose(fitted.predict(every_state()), constant, rtol=0.1)
 
@@ -112,7 +119,7 @@ def test_what_followed_a_cut_is_not_made_up(log: Log, discount: float, learned_f
     other = replace(cut, action=np.where(cut.truncated, 1 - cut.action, cut.action))
     predictions = []
     for each in (cut, other):
-        fitted = FittedQ(each, SPEC, discount, seed=0)
+        fitted = FittedQ(each, SPEC, per_row(discount, each), seed=0)
         fitted.fit(MODEL.target[log.state], 20)
         predictions.append(fitted.predict(every_state()))
     assert np.array_equal(*predictions) != learned_from
@@ -120,7 +127,7 @@ def test_what_followed_a_cut_is_not_made_up(log: Log, discount: float, learned_f
 
 def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     data, policy = transitions(log), MODEL.target[log.state]
-    once, again, on = (FittedQ(data, SPEC, MODEL.discount, seed=0) for _ in range(3))
+    once, again, on = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(3))
     once.fit(policy, 20)
     again.fit(policy, 20)
     on.fit(policy, 10)
@@ -133,7 +140,7 @@ def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
 
 def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: Log) -> None:
     data = transitions(log)
-    fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, MODEL.discount, seed=0)
+    fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, per_row(MODEL.discount, data), seed=0)
     for values in fitted.target.parameters():
         values.fill_(50.0)
     fitted.fit(MODEL.target[log.state], 1)

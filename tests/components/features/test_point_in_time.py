@@ -1,4 +1,4 @@
-"""State as it was known at the decision, joined by a real Feast on a real Spark."""
+"""State as it was known at the decision: in the log's own rows, or joined by a real Feast on a real Spark."""
 
 from __future__ import annotations
 
@@ -11,113 +11,236 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.features.point_in_time import SERVICE, join_features, open_feature_store
-from components.spark import spark_session
-from contracts.decision_log import SCHEMA
+from components.features.point_in_time import REPOSITORY, join_features
+from components.features.store import SERVICE
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-SPEC = JobSpec.model_validate({"actions": ["a", "b"], "features": {"ttlSeconds": 60}})
+SPEC = JobSpec.model_validate({"actions": ["a", "b"], "data": {"features": {"ttlSeconds": 60}}})
 
 
 def timeline(directory: Path, rows: list[dict[str, Any]]) -> Path:
     """A finished timeline stage with the given rows."""
-    schema = pa.schema([SCHEMA.field(n) for n in ("mdp_id", "sequence_number", "event_time", "state_features")])
-    table = pa.Table.from_pylist(
-        [row | {"state_features": list(row["state_features"].items())} for row in rows], schema=schema
-    ).append_column("ordinal", pa.array([row["sequence_number"] + 1 for row in rows]))
     (directory / "transitions").mkdir(parents=True)
-    pq.write_table(table, directory / "transitions" / "part.parquet")
+    keys = pa.schema([("mdp_id", pa.string()), ("sequence_number", pa.int64()), ("ordinal", pa.int32())])
+    more = [(n, pa.string()) for n in rows[0] if n in ("action", "item", "shop")]
+    states = sorted({name for row in rows for name in row if name.startswith("state_")})
+    schema = pa.schema(
+        [*keys, ("event_time", pa.timestamp("us", "UTC")), *more, *[(name, pa.float64()) for name in states]]
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), directory / "transitions" / "part.parquet")
     (directory / RECORD).write_text("{}")
     return directory
 
 
-def row(mdp: str, step: int, **state: float) -> dict[str, Any]:
-    return {
-        "mdp_id": mdp,
-        "sequence_number": step,
-        "event_time": NOON + timedelta(seconds=step),
-        "state_features": state,
+def row(mdp: str, step: int, at: float | None = None, **more: Any) -> dict[str, Any]:
+    seconds = step if at is None else at
+    place = {"mdp_id": mdp, "sequence_number": step, "ordinal": step + 1}
+    return place | {"event_time": NOON + timedelta(seconds=seconds)} | more
+
+
+def joined(output: Path) -> list[dict[str, Any]]:
+    table = pq.read_table(output / "training").sort_by([("mdp_id", "ascending"), ("ordinal", "ascending")])
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+class TestStatesOfTheLogItself:
+    def test_stay_with_their_decisions_and_the_newest_go_online(self, tmp_path):
+        from feast import FeatureStore
+
+        rows = [row(f"m{m}", step, state_x=10.0 * m + step, state_y=float(step)) for m in range(5) for step in range(4)]
+        rows[7].pop("state_y")
+        join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+
+        found = joined(tmp_path / "out")
+        assert [(r["state_x"], r["state_y"]) for r in found] == [(r["state_x"], r.get("state_y")) for r in rows]
+        record = json.loads((tmp_path / "out" / RECORD).read_text())
+        assert record["missing_fraction"] == {"x": 0.0, "y": 0.05}
+        assert record["features"] == ["x", "y"]
+
+        store = FeatureStore(repo_path=str(tmp_path / "out" / REPOSITORY))
+        online = store.get_online_features(
+            features=store.get_feature_service(SERVICE), entity_rows=[{"mdp_id": m} for m in ("m0", "m4", "no")]
+        ).to_dict()
+        assert online["x"] == [3.0, 43.0, None]
+        assert online["y"] == [3.0, 3.0, None]
+
+    def test_may_be_called_by_numbers(self, tmp_path):
+        rows = [row("m", step, state_0=1.0 * step, state_17=-1.0) for step in range(2)]
+        join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+        assert [(r["state_0"], r["state_17"]) for r in joined(tmp_path / "out")] == [(0.0, -1.0), (1.0, -1.0)]
+        assert json.loads((tmp_path / "out" / RECORD).read_text())["features"] == ["0", "17"]
+
+    def test_of_one_instant_are_not_mixed_up(self, tmp_path):
+        rows = [row("m", 0, state_x=1.0), row("m", 1, at=0, state_x=2.0)]
+        join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+        assert [r["state_x"] for r in joined(tmp_path / "out")] == [1.0, 2.0]
+
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            ({}, "no row of the log has state_features"),
+            ({"state_user.age": 1.0}, "letters, digits and _ only"),
+            ({"state_event_time": 1.0}, "'event_time' has the name of a key column"),
+        ],
+    )
+    def test_that_cannot_be_published_are_refused(self, tmp_path, state, message):
+        with pytest.raises(StageError, match=message):
+            join_features(SPEC, timeline(tmp_path / "timeline", [row("m", 0, **state)]), tmp_path / "out")
+        assert not (tmp_path / "out" / RECORD).exists()
+
+
+USERS = [
+    ("late", 1, 1.0),
+    ("same", 0, 2.0),
+    ("early", -59, 3.0),
+    ("old", -61, 4.0),
+    ("two", -20, 5.0),
+    ("two", -10, 6.0),
+]
+"""A key, the seconds from noon at which its value was stamped, and the value."""
+
+
+def repository(directory: Path, offline: str = "spark", kind: str = "Float64") -> Path:
+    """A Feast repository whose `shop` service has features by MDP, by item and by shop."""
+    stamps = pa.timestamp("us", "UTC")
+    sources = {
+        "user": {
+            "mdp_id": [key for key, _, _ in USERS],
+            "stamp": pa.array([NOON + timedelta(seconds=s) for _, s, _ in USERS], stamps),
+            "age": [value for _, _, value in USERS],
+        },
+        "item": {
+            "item": ["a", "b"],
+            "stamp": pa.array([NOON - timedelta(days=300)] * 2, stamps),
+            "price": [9.5, 20.0],
+        },
+        "shop": {"shop": [7, 8], "stamp": pa.array([NOON - timedelta(days=1)] * 2, stamps), "open": [True, False]},
     }
+    directory.mkdir()
+    for name, columns in sources.items():
+        pq.write_table(pa.table(columns), directory / f"{name}.parquet")
+    (directory / "feature_store.yaml").write_text(
+        f"project: shop\nprovider: local\nregistry: registry.db\noffline_store: {{type: {offline}}}\n"
+        "online_store: {type: sqlite, path: online.db}\nentity_key_serialization_version: 3\n"
+    )
+    apply(directory, kind)
+    return directory
 
 
-def test_each_decision_gets_its_own_state_and_the_online_store_the_newest(tmp_path):
+def apply(directory: Path, kind: str = "Float64") -> None:
+    """Register the repository's definitions, as `feast apply` does."""
+    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, types
+    from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
+    from feast.value_type import ValueType
+
+    keys = {"user": ("mdp_id", ValueType.STRING), "item": ("item", ValueType.STRING), "shop": ("shop", ValueType.INT64)}
+    fields = {"user": ("age", getattr(types, kind)), "item": ("price", types.Float64), "shop": ("open", types.Bool)}
+    ttl = {"user": timedelta(seconds=60), "item": timedelta(0), "shop": timedelta(days=7)}
+    entities = {name: Entity(name=name, join_keys=[key], value_type=type_) for name, (key, type_) in keys.items()}
+    views = [
+        FeatureView(
+            name=name, entities=[entities[name]], ttl=ttl[name],
+            schema=[Field(name=fields[name][0], dtype=fields[name][1])],
+            source=SparkSource(
+                name=name, path=str(directory / f"{name}.parquet"), file_format="parquet", timestamp_field="stamp"
+            ),
+        )
+        for name in keys
+    ]  # fmt: skip
+    store = FeatureStore(repo_path=str(directory))
+    store.apply([*entities.values(), *views, FeatureService(name="shop", features=views)])
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return repository(tmp_path_factory.mktemp("feast") / "repository")
+
+
+def named(path: Path, **changes: Any) -> JobSpec:
+    settings = {"repository": str(path), "service": "shop", "keys": ["shop"], "actionKey": "item"} | changes
+    return JobSpec.model_validate({"actions": ["a", "b"], "data": {"features": settings}})
+
+
+DECISIONS = [row(mdp, 0, action="a", shop="7") for mdp in ("late", "same", "early", "old", "two", "unknown")]
+
+
+class TestStatesOfANamedService:
+    @pytest.fixture(scope="class")
+    def output(self, shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        root = tmp_path_factory.mktemp("named")
+        more = [row("two", 1, at=5, action="b", shop="8"), row("nowhere", 0, action="b", shop="9")]
+        join_features(named(shop), timeline(root / "timeline", [*DECISIONS, *more]), root / "out")
+        return root / "out"
+
+    def test_a_later_value_is_never_used_one_of_the_same_instant_is_and_an_old_one_is_missing(self, output):
+        found = {r["mdp_id"]: r["state_age"] for r in joined(output) if r["ordinal"] == 1}
+        assert found == {
+            "late": None, "same": 2.0, "early": 3.0, "old": None, "two": 6.0, "unknown": None, "nowhere": None,
+        }  # fmt: skip
+
+    def test_other_keys_of_the_log_join_too(self, output):
+        found = {(r["mdp_id"], r["ordinal"]): r["state_open"] for r in joined(output)}
+        assert (found["same", 1], found["two", 2], found["nowhere", 1]) == (1.0, 0.0, None)
+
+    def test_the_action_joins_what_describes_it(self, output):
+        assert {(r["action"], r["action_feature_price"]) for r in joined(output)} == {("a", 9.5), ("b", 20.0)}
+        record = json.loads((output / RECORD).read_text())
+        assert record["features"] == ["age", "open"]
+        assert record["action_features"] == ["price"]
+
+    def test_no_row_is_lost_and_mdps_stay_in_order(self, output):
+        found = joined(output)
+        assert len(found) == 8
+        assert [r["ordinal"] for r in found if r["mdp_id"] == "two"] == [1, 2]
+
+
+def test_the_online_store_goes_on_from_where_it_was(shop: Path, tmp_path: Path) -> None:
+    """Twice the same days, then a later one: only what is new is written, and nothing is taken back."""
     from feast import FeatureStore
 
-    rows = [row(f"m{m}", step, x=10.0 * m + step, y=float(step)) for m in range(5) for step in range(4)]
-    rows[7]["state_features"].pop("y")
-    join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
-
-    joined = pq.read_table(tmp_path / "out" / "training").to_pylist()
-    assert len(joined) == 20
-    for found in joined:
-        mdp, step = int(found["mdp_id"][1:]), found["sequence_number"]
-        assert found["state_x"] == 10.0 * mdp + step
-        assert found["state_y"] == (None if (mdp, step) == (1, 3) else float(step))
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert record["missing_fraction"] == {"x": 0.0, "y": 0.05}
-
-    store = FeatureStore(repo_path=str(tmp_path / "out" / "repository"))
-    online = store.get_online_features(
-        features=store.get_feature_service(SERVICE), entity_rows=[{"mdp_id": "m0"}, {"mdp_id": "m4"}, {"mdp_id": "no"}]
-    ).to_dict()
-    assert online["x"] == [3.0, 43.0, None]
-    assert online["y"] == [3.0, 3.0, None]
-
-
-def test_features_may_be_called_by_numbers(tmp_path):
-    rows = [{**row("m", step), "state_features": {"0": 1.0 * step, "17": -1.0}} for step in range(2)]
-    join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
-    joined = pq.read_table(tmp_path / "out" / "training").sort_by("ordinal").to_pylist()
-    assert [(found["state_0"], found["state_17"]) for found in joined] == [(0.0, -1.0), (1.0, -1.0)]
-    assert json.loads((tmp_path / "out" / RECORD).read_text())["features"] == ["0", "17"]
-
-
-def test_a_later_value_is_never_used_one_of_the_same_instant_is_and_an_old_one_is_missing(tmp_path):
-    stamped = pa.table(
-        {
-            "mdp_id": ["late", "same", "early", "old", "two", "two"],
-            "event_time": pa.array(
-                [NOON + timedelta(seconds=s) for s in (1, 0, -59, -61, -20, -10)], pa.timestamp("us", "UTC")
-            ),
-            "x": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-        }
-    )
-    (tmp_path / "source").mkdir()
-    pq.write_table(stamped, tmp_path / "source" / "part.parquet")
-    with spark_session("test") as spark:
-        store, service = open_feature_store(SPEC, tmp_path / "repository", tmp_path / "source", ["x"])
-        keys = spark.createDataFrame(
-            [(mdp, NOON) for mdp in ("late", "same", "early", "old", "two", "unknown")],
-            "mdp_id string, event_timestamp timestamp",
-        )
-        joined = store.get_historical_features(entity_df=keys, features=service).to_spark_df().collect()
-    assert {r["mdp_id"]: r["x"] for r in joined} == {
-        "late": None,
-        "same": 2.0,
-        "early": 3.0,
-        "old": None,
-        "two": 6.0,
-        "unknown": None,
-    }
+    path = repository(tmp_path / "repository")
+    materialized = []
+    for name, second in (("first", 0), ("again", 0), ("later", 3)):
+        rows = [row("late", 0, at=second, action="a", shop="7")]
+        join_features(named(path), timeline(tmp_path / name, rows), tmp_path / f"out-{name}")
+        materialized.append(json.loads((tmp_path / f"out-{name}" / RECORD).read_text())["materialized"])
+        store = FeatureStore(repo_path=str(path))
+        ages = store.get_online_features(
+            features=["user:age"], entity_rows=[{"mdp_id": "late"}, {"mdp_id": "two"}]
+        ).to_dict()["age"]
+        assert ages == [1.0 if second else None, 6.0]
+    assert materialized == [["user", "item", "shop"], [], ["user", "item", "shop"]]
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
+    ("changes", "message"),
     [
-        ({}, "no row of the log has state_features"),
-        ({"user.age": 1.0}, "letters, digits and _ only"),
-        ({"event_time": 1.0}, "'event_time' has the name of a key column"),
+        ({"service": "shopping"}, r"service shopping: not in the registry.*there are: shop"),
+        ({"keys": []}, r"view shop is joined by shop, which is neither mdp_id nor among data\.features\.keys"),
+        ({"repository": "/nowhere"}, "no feature_store.yaml there"),
     ],
 )
-def test_a_state_that_cannot_be_joined_is_refused(tmp_path, state, message):
+def test_a_service_that_cannot_be_joined_is_refused(shop, tmp_path, changes, message):
     with pytest.raises(StageError, match=message):
-        join_features(SPEC, timeline(tmp_path / "timeline", [row("m", 0, **state)]), tmp_path / "out")
-    assert not (tmp_path / "out" / RECORD).exists()
+        join_features(named(shop, **changes), timeline(tmp_path / "timeline", DECISIONS), tmp_path / "out")
 
 
-def test_decisions_of_one_instant_are_refused_not_mixed_up(tmp_path):
-    rows = [row("m", 0, x=1.0), row("m", 1, x=2.0) | {"event_time": NOON}]
-    with pytest.raises(StageError, match="mdp_id m has 2 decisions at"):
-        join_features(SPEC, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+def test_features_that_are_no_numbers_are_refused(tmp_path):
+    path = repository(tmp_path / "repository", kind="String")
+    with pytest.raises(StageError, match=r"user\.age is a String; a policy learns from numbers"):
+        join_features(named(path), timeline(tmp_path / "timeline", DECISIONS), tmp_path / "out")
+
+
+def test_a_repository_on_another_engine_is_refused(tmp_path):
+    path = repository(tmp_path / "repository", offline="file")
+    with pytest.raises(StageError, match="its offline_store is file"):
+        join_features(named(path), timeline(tmp_path / "timeline", DECISIONS), tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{"repository": "r"}, {"service": "s"}, {"keys": ["shop"]}, {"actionKey": "item"}])
+def test_settings_that_make_no_sense_alone(settings):
+    with pytest.raises(ValueError, match="service"):
+        JobSpec.model_validate({"actions": ["a", "b"], "data": {"features": settings}})

@@ -1,8 +1,10 @@
 """The normalization graph against closed forms, and at the ends of what a float32 can be."""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, seed, settings
@@ -112,17 +114,48 @@ def test_lists_of_quantiles_of_different_length_do_not_mix() -> None:
     np.testing.assert_allclose(found, [[2 / 3, -0.5], [1 / 3, 1], [-1, 1]], atol=1e-6)
 
 
-def test_enum_is_one_hot_and_an_unseen_value_sets_none() -> None:
-    found = normalize(ENUM, [-2, 0, -0.0, 7, 1, INF, -INF, NAN])
-    zero, first, second, third = np.zeros(3), *np.eye(3)
-    np.testing.assert_array_equal(found, [first, second, second, third, zero, zero, zero, zero])
+def test_enum_is_one_hot_and_an_unseen_value_is_other() -> None:
+    found = normalize(ENUM, [-2, 0, -0.0, 7, 1, 1e-45, INF, -INF, NAN])
+    first, second, third, other = np.eye(4)
+    np.testing.assert_array_equal(found, [first, second, second, third, other, other, other, other, np.zeros(4)])
 
 
 def test_enums_of_different_size_do_not_mix() -> None:
     graph = graph_of(ENUM, SHORT_ENUM)
-    assert graph.outputs == 5
-    found = graph(torch.tensor([[0.0, 2.0], [NAN, 1.0], [7.0, NAN]])).numpy()
-    np.testing.assert_array_equal(found, [[0, 1, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
+    assert graph.outputs == 7
+    found = graph(torch.tensor([[0.0, 2.0], [NAN, 1.0], [7.0, NAN], [9.0, 9.0]])).numpy()
+    np.testing.assert_array_equal(
+        found, [[0, 1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 1]]
+    )
+
+
+def test_a_presence_bit_tells_whether_a_feature_is_there() -> None:
+    spec = NormalizationSpec(
+        inputs=["enum", "binary", "continuous"], features=[BINARY, CONTINUOUS, ENUM], presence=["continuous", "enum"]
+    )
+    graph = NormalizationGraph(spec)
+    assert graph.output_features == ["binary", "continuous", *["enum"] * 4, "continuous", "enum"]
+    found = graph(torch.tensor([[7.0, 1.0, 3.0], [NAN, 1.0, 3.0], [7.0, NAN, NAN], [7.0, 0.0, INF]])).numpy()
+    assert found.shape == (4, graph.outputs)
+    np.testing.assert_array_equal(found[:, -2:], [[1, 1], [1, 0], [0, 1], [1, 1]])
+
+
+@pytest.mark.parametrize("presence", [[], [one.name for one in ALL]])
+def test_the_graph_exports_to_onnx_as_it_is(presence: list[str], tmp_path: Path) -> None:
+    """One graph in torch and in onnxruntime, on ordinary rows and at the ends of what a float32 can be."""
+    graph = NormalizationGraph(
+        NormalizationSpec(inputs=[one.name for one in ALL], features=ALL, presence=presence)
+    ).eval()
+    rows = np.random.default_rng(0).normal(1, 3, (200, len(ALL))).astype(np.float32)
+    rows[::7, ::3] = np.nan
+    rows = np.concatenate([rows.round(0), rows, np.repeat(np.array(WILD, np.float32)[:, None], len(ALL), 1)])
+    program = torch.onnx.export(
+        graph, (torch.zeros(2, len(ALL)),), dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False
+    )
+    program.save(str(tmp_path / "graph.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {session.get_inputs()[0].name: rows})
+    np.testing.assert_allclose(found, graph(torch.from_numpy(rows)).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("one", ALL, ids=lambda f: f.name)

@@ -12,12 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.spark import spark_session
-from components.timeline.build import add_what_followed, join_outcomes, make_plan, number_steps
+from components.timeline.build import (
+    LEFT_OUT,
+    Plan,
+    add_what_followed,
+    all_names,
+    compact,
+    in_sample,
+    make_plan,
+    number_steps,
+)
+from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import read_log
 from contracts.decision_log import SCHEMA
 from contracts.job import JobSpec
-from contracts.stage import StageError
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NAN, INFINITY = float("nan"), float("inf")
@@ -51,8 +60,11 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def numbered(checked: Any, job: JobSpec) -> Any:
-    return number_steps(checked, make_plan(checked, job))
+def placed(log: Any, job: JobSpec) -> tuple[Any, Plan]:
+    """The log's rows in their places, and the plan that put them there."""
+    used = in_sample(with_reason(log, job), job)
+    plan = make_plan(used, job, all_names(used))
+    return number_steps(compact(used, plan), plan), plan
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +77,18 @@ def spark():
 def checked(spark, tmp_path):
     def check(*rows: dict[str, Any], **sections: Any) -> Any:
         log = read_log(spark, write_parquet(tmp_path / "log.parquet", list(rows)))
-        return numbered(with_reason(log, ["left", "right"]), spec(**sections))
+        return placed(log, spec(**sections))[0].select("*", "row.*")
 
     return check
 
 
 @pytest.fixture
-def followed(checked):
+def followed(spark, tmp_path):
     def follow(*rows: dict[str, Any], **sections: Any) -> list[dict[str, Any]]:
         job = spec(**sections)
-        rows_in_place = checked(*rows, **sections)
-        frame = add_what_followed(rows_in_place, job, make_plan(rows_in_place, job)).orderBy("mdp_id", "ordinal")
-        return [row.asDict(recursive=True) for row in frame.collect()]
+        frame, plan = placed(read_log(spark, write_parquet(tmp_path / "log.parquet", list(rows))), job)
+        found = add_what_followed(frame, job, plan).orderBy("mdp_id", "ordinal")
+        return [row.asDict(recursive=True) for row in found.collect()]
 
     return follow
 
@@ -124,7 +136,7 @@ def test_of_a_step_logged_twice_the_earliest_good_row_stays(checked):
 def test_a_json_line_that_does_not_parse_is_kept_whole(spark, tmp_path):
     good = decision() | {"event_time": NOON.isoformat()}
     (tmp_path / "log.jsonl").write_text(json.dumps(good) + '\n{"mdp_id": "b", "sequence_nu\n')
-    rows = with_reason(read_log(spark, str(tmp_path / "log.jsonl")), ["left", "right"]).collect()
+    rows = with_reason(read_log(spark, str(tmp_path / "log.jsonl")), spec()).collect()
     torn = next(row for row in rows if row[REASON])
     assert torn[REASON] == "unparsable"
     assert torn["_corrupt_record"] == '{"mdp_id": "b", "sequence_nu'
@@ -188,15 +200,68 @@ def test_where_ends_are_reported_an_mdp_without_one_is_still_under_way(spark, tm
     done = {"mdp_id": "done", "sequence_number": 0, "metrics": {"reward": 1.0}, "ended": True}
     (tmp_path / "outcomes.jsonl").write_text(json.dumps(done) + "\n")
     frame, _ = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
-    checked = with_reason(frame, ["left", "right"])
-    plan = make_plan(checked, spec())
-    rows = add_what_followed(number_steps(checked, plan), spec(), plan).orderBy("mdp_id").collect()
+    numbered, plan = placed(frame, spec())
+    rows = add_what_followed(numbered, spec(), plan).orderBy("mdp_id").collect()
     assert [(row["terminal"], row["truncated"]) for row in rows] == [(True, False), (False, True)]
 
 
-def test_a_discount_that_vanishes_over_a_long_mdp_is_refused(checked):
-    with pytest.raises(StageError, match=r"reward\.discount 0\.5: over an MDP of 1100 decisions"):
-        checked(*[decision(step=i) for i in range(1100)], reward={"discount": 0.5})
+@pytest.mark.parametrize("discount", [0.3, 0.9])
+def test_a_return_over_an_mdp_too_long_for_its_discount_to_be_a_number(followed, discount):
+    """0.3^1500 is under the smallest double: the weights of such an MDP are summed in blocks."""
+    rewards = [float(i % 7) for i in range(4000)]
+    rows = followed(
+        *[decision(step=i, metrics={"reward": r}) for i, r in enumerate(rewards)], decision("short"),
+        reward={"discount": discount}, data={"nSteps": [3]},
+    )  # fmt: skip
+    expected = 0.0
+    for row, reward in zip(reversed(rows[:4000]), reversed(rewards), strict=True):
+        expected = reward + discount * expected
+        assert row["returns"]["reward"] == pytest.approx(expected, rel=1e-12)
+        ahead = rewards[row["sequence_number"] :][:3]
+        assert row["returns_3"]["reward"] == pytest.approx(sum(r * discount**k for k, r in enumerate(ahead)), abs=1e-9)
+    assert rows[4000]["returns"]["reward"] == 1.0
+
+
+class TestDiscountByTime:
+    SECTIONS = {"discount": 0.5, "discountInterval": 10.0}  # noqa: RUF012
+
+    def test_counts_what_lies_between_decisions(self, followed):
+        rows = followed(
+            *[decision(step=at, metrics={"reward": r}) for at, r in ((0, 1.0), (10, 2.0), (15, 4.0), (100, 8.0))],
+            reward=self.SECTIONS, data={"nSteps": [2]},
+        )  # fmt: skip
+        assert [row["returns"]["reward"] for row in rows] == pytest.approx(
+            [1 + 2 * 0.5 + 4 * 0.5**1.5 + 8 * 0.5**10, 2 + 4 * 0.5**0.5 + 8 * 0.5**9, 4 + 8 * 0.5**8.5, 8]
+        )
+        assert [row["returns_2"]["reward"] for row in rows] == pytest.approx(
+            [1 + 2 * 0.5, 2 + 4 * 0.5**0.5, 4 + 8 * 0.5**8.5, 8]
+        )
+
+    def test_over_gaps_that_discount_everything(self, followed):
+        rows = followed(*[decision(step=10**6 * i, metrics={"reward": 2.0**i}) for i in range(4)], reward=self.SECTIONS)
+        assert [row["returns"]["reward"] for row in rows] == [1.0, 2.0, 4.0, 8.0]
+
+
+class TestStates:
+    def test_are_columns_whatever_the_order_of_their_names(self, followed):
+        rows = followed(
+            decision(step=0, state_features={"y": 2.0, "x": 1.0, "a b": 0.5}),
+            decision(step=1, state_features={"x": 3.0, "a b": 1.5, "y": 4.0}),
+            decision(step=2, state_features={"y": 5.0}),
+            decision(step=3, state_features=None),
+        )
+        assert [(row["state_x"], row["state_y"], row["state_a b"]) for row in rows] == [
+            (1.0, 2.0, 0.5), (3.0, 4.0, 1.5), (None, 5.0, None), (None, None, None),
+        ]  # fmt: skip
+        assert "state_features" not in rows[0]
+
+    def test_of_the_next_decision_are_written_where_they_are_asked_for(self, followed):
+        rows = followed(
+            *[decision(step=i, state_features={"x": float(i), "y": -1.0}) for i in range(3)],
+            decision(step=3, action=None),
+            data={"fullRows": True},
+        )
+        assert [(row["next_state_x"], row["next_state_y"]) for row in rows] == [(1.0, -1.0), (2.0, -1.0), (None, None)]
 
 
 def test_a_duplicate_is_no_hole(followed):
@@ -249,7 +314,9 @@ class TestWhatTheJobLeavesOut:
         kept = []
         for rows in days:
             frame = checked(*rows, data={"sampleFraction": 0.3})
-            counts = {r["mdp_id"]: r["count"] for r in frame.where("not left_out").groupBy("mdp_id").count().collect()}
+            counts = {
+                r["mdp_id"]: r["count"] for r in frame.where(f"not {LEFT_OUT}").groupBy("mdp_id").count().collect()
+            }
             assert set(counts.values()) == {2}
             kept.append(set(counts))
         assert kept[0] == kept[1]
@@ -276,7 +343,7 @@ class TestReturnsAhead:
             *[decision(step=i, metrics={"reward": r}) for i, r in enumerate(rewards)],
             reward={"discount": 0.5}, data={"nSteps": [1, 3]},
         )  # fmt: skip
-        assert [row["returns_1"]["reward"] for row in rows] == rewards
+        assert [row["returns_1"]["reward"] for row in rows] == pytest.approx(rewards, rel=1e-12)
         expected = [sum(r * 0.5**k for k, r in enumerate(rewards[i : i + 3])) for i in range(5)]
         assert [row["returns_3"]["reward"] for row in rows] == pytest.approx(expected), "an end adds nothing more"
 

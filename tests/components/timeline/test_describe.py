@@ -11,12 +11,12 @@ import pytest
 
 from components.spark import spark_session
 from components.timeline.build import build_timeline
-from components.timeline.describe import BINS, describe, histograms
+from components.timeline.describe import BINS, describe, distributions, warnings
 from contracts.job import JobSpec
 
 DAY = datetime(2026, 1, 1, 23, 59, 58)
 SCHEMA = (
-    "mdp_id string, ordinal int, event_time timestamp, state_features map<string,double>, action string, "
+    "mdp_id string, ordinal int, event_time timestamp, state_age double, state_visits double, action string, "
     "action_probability double, metrics map<string,double>, terminal boolean, truncated boolean"
 )
 
@@ -24,7 +24,7 @@ SCHEMA = (
 def row(mdp: str, ordinal: int, seconds: int, **changes: Any) -> dict[str, Any]:
     return {
         "mdp_id": mdp, "ordinal": ordinal, "event_time": DAY + timedelta(seconds=seconds),
-        "state_features": {"age": 30.0, "visits": None}, "action": "left", "action_probability": 0.5,
+        "state_age": 30.0, "state_visits": None, "action": "left", "action_probability": 0.5,
         "metrics": {"reward": float(ordinal)}, "terminal": False, "truncated": False,
     } | changes  # fmt: skip
 
@@ -33,7 +33,7 @@ ROWS = [
     row("a", 1, 0),
     row("a", 2, 5, action="right", action_probability=0.25),
     row("a", 3, 4, terminal=True),
-    row("b", 1, 0, truncated=True, state_features={"visits": 2.0}, metrics=None, action_probability=None),
+    row("b", 1, 0, truncated=True, state_age=None, state_visits=2.0, metrics=None, action_probability=None),
 ]
 
 
@@ -44,8 +44,10 @@ def spark():
 
 
 @pytest.fixture(scope="module")
-def found(spark) -> dict[str, Any]:
-    return describe(spark.createDataFrame(ROWS, SCHEMA))
+def found(spark, tmp_path_factory) -> dict[str, Any]:
+    path = str(tmp_path_factory.mktemp("timeline") / "transitions")
+    spark.createDataFrame(ROWS, SCHEMA).write.parquet(path)
+    return describe(spark.read.parquet(path), len(ROWS), ["age", "visits"], ["reward"])
 
 
 def test_rows_ends_and_orders_are_counted(found):
@@ -65,9 +67,17 @@ def test_a_value_that_is_not_logged_is_not_counted(found):
     assert found["metrics"]["reward"]["count"] == 3
 
 
+def test_one_mdp_that_holds_far_too_many_rows_is_warned_of():
+    largest = {"mdp_id": "robot", "length": 5000.0}
+    [said] = warnings(largest, rows=100_000, mdps=2000)
+    assert "MDP robot holds 5.0% of all rows, 100 times the mean" in said
+    assert warnings(largest, rows=100_000, mdps=20) == [], "as long as the others"
+    assert warnings(largest, rows=1_000_000, mdps=20_000) == [], "too little to matter"
+
+
 def test_a_histogram_holds_every_value_once(spark):
     frame = spark.range(1001).selectExpr("cast(id as double) as x", "7.0D as same", "cast(null as double) as none")
-    found = histograms(frame, {name: frame[name] for name in frame.columns})
+    found, _ = distributions(frame, {name: frame[name] for name in frame.columns})
     assert sum(found["x"]["counts"]) == 1001 == found["x"]["count"]
     assert (len(found["x"]["counts"]), len(found["x"]["edges"])) == (BINS, BINS + 1)
     assert max(found["x"]["counts"]) - min(found["x"]["counts"]) <= 1

@@ -16,8 +16,10 @@ import pytest
 from components.spark import spark_session
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
-from contracts.job import Data
+from contracts.job import Data, JobSpec
 from contracts.stage import StageError
+
+JOB = JobSpec.model_validate({"actions": ["left", "right"]})
 
 ROW: dict[str, Any] = {
     "mdp_id": "7",
@@ -234,7 +236,7 @@ class TestWhatCannotBeRead:
     )
     def test_is_set_aside_whole_and_named(self, spark, tmp_path, column, value):
         path = jsonl(tmp_path / "log.jsonl", ROW, ROW | {"mdp_id": "bad", column: value})
-        checked = with_reason(read_log(spark, path), ["left", "right"]).collect()
+        checked = with_reason(read_log(spark, path), JOB).collect()
         reasons = {row["mdp_id"]: row[REASON] for row in checked}
         assert reasons == {"7": None, "bad": f"unreadable_{column}"}
         kept = next(json.loads(row[CORRUPT]) for row in checked if row["mdp_id"] == "bad")
@@ -243,19 +245,19 @@ class TestWhatCannotBeRead:
 
     def test_a_feature_that_is_a_column_is_named_as_the_state(self, spark, tmp_path):
         path = jsonl(tmp_path / "log.jsonl", ROW | {"age": "old"}, ROW | {"mdp_id": "fine", "age": 30})
-        rows = with_reason(read_log(spark, path, Data(stateColumns=["age"])), ["left", "right"]).collect()
+        rows = with_reason(read_log(spark, path, Data(stateColumns=["age"])), JOB).collect()
         assert {row["mdp_id"]: row[REASON] for row in rows} == {"7": "unreadable_state_features", "fine": None}
 
     def test_a_name_that_is_there_twice(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
         path.write_text(json.dumps(ROW).replace('{"clicks": 2.0}', '{"clicks": 1, "clicks": 2}') + "\n")
-        [row] = with_reason(read_log(spark, str(path)), ["left", "right"]).collect()
+        [row] = with_reason(read_log(spark, str(path)), JOB).collect()
         assert row[REASON] == "unreadable_metrics"
 
     def test_lines_that_are_no_json(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
         path.write_text(json.dumps(ROW) + '\n{"mdp_id": "b", "sequ\n[1, 2]\n')
-        reasons = [row[REASON] for row in with_reason(read_log(spark, str(path)), ["left", "right"]).collect()]
+        reasons = [row[REASON] for row in with_reason(read_log(spark, str(path)), JOB).collect()]
         assert sorted(reasons, key=str) == [None, "unparsable", "unparsable"]
 
     def test_a_column_whose_type_differs_between_files_stops_the_stage_with_its_name(self, spark, tmp_path):

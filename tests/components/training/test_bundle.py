@@ -109,7 +109,7 @@ def test_a_bundle_is_never_written_over(tmp_path: Path) -> None:
 
 def test_the_optimizers_state_is_kept_by_parameter(tmp_path: Path) -> None:
     trained = network()
-    trainer = DQNTrainer(trained, CONFIG, 0.9)
+    trainer = DQNTrainer(trained, CONFIG)
     state = torch.rand(4, 5)
     trainer.step(
         Batch(
@@ -119,6 +119,7 @@ def test_the_optimizers_state_is_kept_by_parameter(tmp_path: Path) -> None:
             state,
             torch.ones((4, 3), dtype=torch.bool),
             torch.zeros(4, dtype=torch.bool),
+            torch.full((4,), 0.9),
         )
     )
     write(tmp_path / "policy", network=trained, optimizer=trainer.optimizer)

@@ -1,6 +1,7 @@
 """Deep Q-learning, one step by hand and many steps against value iteration."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ FAST = [[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]
 SLOW = [[0.0, 0.0, 0.0], [10.0, 30.0, 20.0]]
 
 
-def trainer(double: bool, rate: float = 0.5, discount: float = 0.5) -> DQNTrainer:
-    made = DQNTrainer(Table(FAST), DQN(double=double, learningRate=0.1, targetUpdateRate=rate), discount)
+def trainer(double: bool, rate: float = 0.5) -> DQNTrainer:
+    made = DQNTrainer(Table(FAST), DQN(double=double, learningRate=0.1, targetUpdateRate=rate))
     made.target.load_state_dict(Table(SLOW).state_dict())
     return made
 
@@ -43,6 +44,7 @@ def batch(possible: list[bool] | None = None, terminal: bool = False, reward: fl
         next_state=torch.tensor([[1.0]]),
         next_possible=torch.tensor([possible or [True] * 3]),
         terminal=torch.tensor([terminal]),
+        discount=torch.tensor([0.5]),
     )
 
 
@@ -99,6 +101,12 @@ def test_only_the_logged_actions_value_is_moved_towards_the_target() -> None:
     np.testing.assert_allclose(made.network.values.detach(), [[0, 0.1, 0], FAST[1]], atol=1e-5)
 
 
+def test_each_transition_has_a_discount_of_its_own() -> None:
+    late = replace(batch(), discount=torch.tensor([0.125]))
+    loss, _ = trainer(False).step(late)
+    assert loss.item() == pytest.approx(huber(1.0 + 0.125 * 30.0))
+
+
 def test_the_target_network_follows_slowly() -> None:
     made = trainer(True, rate=0.25)
     made.step(batch())
@@ -114,6 +122,7 @@ def test_a_batch_is_averaged() -> None:
         next_state=torch.tensor([[0.0], [0.0]]),
         next_possible=torch.ones((2, 3), dtype=torch.bool),
         terminal=torch.tensor([True, False]),
+        discount=torch.tensor([0.5, 0.5]),
     )
     loss, q = trainer(True).step(two)
     assert loss.item() == pytest.approx((huber(5.0) + huber(0.5)) / 2)
@@ -145,7 +154,7 @@ def test_the_values_of_a_chain_are_learned(double: bool, dueling: bool) -> None:
     torch.manual_seed(0)
     config = DQN(double=double, dueling=dueling, hiddenLayers=[32], learningRate=0.005, targetUpdateRate=0.05)
     network = build_network(config, NormalizationSpec(inputs=["x"], features=[place]), 2)
-    made = DQNTrainer(network, config, DISCOUNT)
+    made = DQNTrainer(network, config)
     rng = np.random.default_rng(0)
     for _ in range(1200):
         state, action = rng.integers(CHAIN, size=64), rng.integers(2, size=64)
@@ -158,6 +167,7 @@ def test_the_values_of_a_chain_are_learned(double: bool, dueling: bool) -> None:
                 torch.tensor(following, dtype=torch.float32)[:, None],
                 torch.ones((64, 2), dtype=torch.bool),
                 torch.tensor(ends),
+                torch.full((64,), DISCOUNT),
             )
         )
     with torch.no_grad():
@@ -168,7 +178,7 @@ def test_the_values_of_a_chain_are_learned(double: bool, dueling: bool) -> None:
 def test_the_target_network_starts_as_a_copy_and_is_never_trained() -> None:
     network = Table(FAST)
     before = copy.deepcopy(network.state_dict())
-    made = DQNTrainer(network, DQN(targetUpdateRate=1e-9), 0.5)
+    made = DQNTrainer(network, DQN(targetUpdateRate=1e-9))
     made.step(batch())
     np.testing.assert_allclose(made.target.values, before["values"], atol=1e-6)
     assert not made.target.values.requires_grad

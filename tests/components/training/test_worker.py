@@ -102,6 +102,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "possible_actions": pa.nulls(n, pa.list_(pa.string())),
             "metrics": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
             "returns": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
+            "time_diff": np.ones(n, np.int64),
             "terminal": [row % 4 == 3 for row in range(n)],
             "truncated": np.zeros(n, bool),
             "state_x": generator.normal(size=n),

@@ -41,7 +41,7 @@ FIXED_IN_A_JOB: dict[str, Any] = {
     "actions": ["left", "stay", "right"],
     "seed": 1,
     "data": {"decisionLog": "other.parquet"},
-    "features": {"ttlSeconds": 60},
+    "actionSpace": "parametric",
     "reward": {"metricWeights": {"clicks": 1.0}},
     "normalization": {"overrides": {"x": "enum"}},
     "understanding": {"require": ["action_effect"]},
@@ -80,6 +80,22 @@ CASES = [
     ),
     Case(
         "weights must rise from step to step", service(canary={"weights": [1]}), service(canary={"weights": [1, 0.5]})
+    ),
+    Case(
+        "actions must name two or more discrete actions, and none in another actionSpace",
+        job(actionSpace="parametric", actions=[]),
+        job(actionSpace="parametric"),
+    ),
+    Case("actions must name two or more discrete actions", job(), job(actions=["a"])),
+    Case(
+        "repository and service go together",
+        job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "keys": ["k"]}}),
+        job(data={"decisionLog": "l", "features": {"service": "s"}}),
+    ),
+    Case(
+        "keys and actionKey are join keys of a service",
+        job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "actionKey": "k"}}),
+        job(data={"decisionLog": "l", "features": {"keys": ["k"]}}),
     ),
     Case("actions must be distinct", job(actions=["a", "b", "c"]), job(actions=["a", "b", "a"])),
     Case("set either simulation or data.decisionLog", job(simulation=SIMULATION, data={}), job(simulation=SIMULATION)),

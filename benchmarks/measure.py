@@ -1,0 +1,51 @@
+"""A measurement is a process of its own: its wall time, and the most memory that it and its children held."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+
+INTERVAL = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    gibibytes: float
+
+
+def measure(command: list[str]) -> Measured | None:
+    """Run a command to its end; None, with its last words printed, when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak, words = 0, []
+    reader = threading.Thread(target=lambda: words.extend(process.stderr or []))
+    reader.start()
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(INTERVAL)
+    seconds = time.perf_counter() - started
+    reader.join()
+    if process.returncode:
+        print(f"failed with {process.returncode}: {' '.join(command)}\n{''.join(words[-5:])}")
+        return None
+    return Measured(seconds, peak / 2**30)
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory of a process and its children; memory that they share is counted for each."""
+    total = 0
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for each in family:
+        try:
+            total += each.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total

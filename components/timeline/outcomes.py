@@ -1,0 +1,59 @@
+"""Metrics that were reported after their decision."""
+
+from __future__ import annotations
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from components.timeline.read import CORRUPT, UNREADABLE, read_outcomes
+
+
+def join_outcomes(
+    spark: SparkSession, log: DataFrame, path: str, wait_seconds: int | None = None
+) -> tuple[DataFrame, dict[str, int]]:
+    """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
+
+    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision
+    are not used: a run over the same days gives the same result whenever it is made. Also returns how many reports
+    there were, and how many of them could not be read, match no decision, or came late.
+    """
+    outcomes = read_outcomes(spark, path).cache()
+    readable = outcomes.where(F.col(CORRUPT).isNull()).drop(CORRUPT, UNREADABLE)
+    decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
+    matched = readable.join(decided, ["mdp_id", "sequence_number"])
+    late = F.lit(False)
+    if wait_seconds is not None:
+        late = F.coalesce(
+            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(False)
+        )
+    matched = matched.withColumn("late", late)
+    reports, fine = outcomes.count(), readable.count()
+    found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
+    counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
+    per_metric = matched.where(~F.col("late")).select(
+        "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
+    )
+    per_metric = per_metric.groupBy("mdp_id", "sequence_number", "key").agg(
+        F.max(F.struct("event_time", "value"))["value"].alias("value"),
+        F.max("truncated").alias("truncated"),
+        F.max("ended").alias("ended"),
+    )
+    reported = per_metric.groupBy("mdp_id", "sequence_number").agg(
+        F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias(
+            "_metrics"
+        ),
+        F.max("truncated").alias("_truncated"),
+        F.max("ended").alias("ended"),
+    )
+    joined = log.join(reported, ["mdp_id", "sequence_number"], "left")
+    # What the log had already is overwritten by what was reported later.
+    kept = F.map_filter(
+        F.coalesce("metrics", F.create_map().cast("map<string,double>")),
+        lambda k, _: ~F.coalesce(F.map_contains_key("_metrics", k), F.lit(False)),
+    )
+    metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
+    joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
+    if readable.where(F.col("ended").isNotNull()).isEmpty():
+        # Nobody tells of ends: the job's lastStep decides.
+        return joined.select(*log.columns), counts
+    return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts
