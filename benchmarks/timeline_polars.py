@@ -11,9 +11,7 @@ DISCOUNT = 0.99
 
 
 def metric(name: str) -> pl.Expr:
-    """A value of the map of metrics, which Polars reads as a list of pairs."""
-    pairs = pl.col("metrics").list
-    return pairs.eval(pl.element().struct.field("value").filter(pl.element().struct.field("key") == name)).list.first()
+    return pl.col("metrics").map.get(name)
 
 
 def main(log: str, output: str) -> None:

@@ -152,6 +152,8 @@ class Features(Model):
             raise ValueError("repository and service go together: set both, or neither to use the log's own state")
         if (self.keys or self.action_key) and not self.service:
             raise ValueError("keys and actionKey are join keys of a service: set repository and service too")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError(f"keys {self.keys} must be distinct")
         return self
 
 
@@ -226,7 +228,7 @@ class Reward(Model):
     metric_weights: dict[str, float] = Field(
         {"reward": 1.0}, min_length=1, description="Reward = dot product of these and the logged metrics."
     )
-    discount: float = Field(0.99, ge=0, le=1, description="Discount per step.")
+    discount: float = Field(0.99, ge=0, le=1, description="Discount per step, or per `discountInterval`.")
     discount_interval: Positive | None = Field(
         None,
         description="Discount by time, not by step: discount ^ (time_diff / interval), in units of sequence_number.",
@@ -518,6 +520,8 @@ class JobSpec(Model):
             raise ValueError("actions must name two or more discrete actions, or actionSpace be another")
         if self.action_space != "discrete" and self.actions:
             raise ValueError(f"actions are discrete: leave them out where actionSpace is {self.action_space}")
+        if self.action_space != "discrete" and self.data.features.action_key:
+            raise ValueError("data.features.actionKey stands for a discrete action's name: actionSpace has none")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
         if self.simulation and self.data.decision_log:

@@ -204,8 +204,10 @@ def _explained(found: dict[str, Any]) -> None:
         drawn = found[when]
         most = max(drawn["counts"]) or 1
         bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * int(count) // int(most))] for count in drawn["counts"])
-        ends = drawn.get("edges") or drawn["values"]
-        out.print(f"{when:>7} {ends[0]:>10.4g} [cyan]│{bars}│[/] {ends[-1]:.4g}", highlight=False)
+        ends = [f"{end:.4g}" for end in drawn.get("edges") or drawn["values"]]
+        if "values" in drawn:
+            ends.append("other")
+        out.print(f"{when:>7} {ends[0]:>10} [cyan]│{bars}│[/] {ends[-1]}", highlight=False)
 
 
 @_job_command("understand")
@@ -320,6 +322,11 @@ def _shown(run: Run, stage: str) -> Iterator[None]:
     click.echo(json.dumps(read_record(run.path(stage)), indent=2))
 
 
+def _figure(value: float) -> str:
+    """A tenth for large numbers, three digits for small ones."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
 def _summary(run: Run, seconds: float) -> None:
     result = run.result
     colour = "green" if result["verdict"] in ("promoted", "exported") else "red"
@@ -333,7 +340,8 @@ def _summary(run: Run, seconds: float) -> None:
         relative = ""
         if estimate["relative"] is not None:
             relative = f", {estimate['relative']:.2f} x the logged policy"
-        interval = f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]{relative}"
+        value, low, high = (_figure(estimate[name]) for name in ("value", "low", "high"))
+        interval = f"{value} [{low}, {high}]{relative}"
         table.add_row("estimate", f"{gate.metric} {interval}")
     table.add_row("gate", f"{result['gate']['verdict']}: {result['gate']['reason']}")
     if truth := result["evaluation"].get("truth"):

@@ -193,7 +193,7 @@ def features_of(data: Data) -> list[Path]:
     if not data.features.repository:
         return []
     files = (p for p in Path(data.features.repository).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return sorted(p for p in files if ".db" not in p.suffixes and not p.name.startswith("."))
+    return sorted(p for p in files if ".db" not in p.name and not p.name.startswith("."))
 
 
 def policy_version(run: Run) -> Path:

@@ -33,7 +33,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     # What lies in `data` for others is of no concern to the timeline, save for keys that it is to bring along.
     "timeline": (
         *(f"data.{name}" for name in Data.model_fields if name not in ("features", "holdout_fraction")),
-        "data.features.keys",
+        *(f"data.features.{name}" for name in ("repository", "service", "keys")),
         "reward",
     ),
     "features": ("data.features",),

@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def read(policy: str, file: str = CAMPAIGN) -> pa.Table:
     package = DATA / "package"
     if not package.exists():
         # It asks for an older Python than ours and for libraries of its own; only its files are wanted.
-        options = ["--quiet", "--no-deps", "--ignore-requires-python", "--target", str(package)]
+        options = ["-qq", "--no-deps", "--ignore-requires-python", "--target", str(package)]
         subprocess.run([sys.executable, "-m", "pip", "install", *options, PACKAGE], check=True)
     return csv.read_csv(package / "obp" / "dataset" / "obd" / policy / CAMPAIGN / f"{file}.csv")
 
@@ -103,6 +104,7 @@ def apply(users: list[str], items: list[str]) -> None:
     from feast.types import Float64
     from feast.value_type import ValueType
 
+    warnings.filterwarnings("ignore", category=RuntimeWarning, message="The spark")
     config = {
         "project": "open_bandit",
         "provider": "local",

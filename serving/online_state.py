@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import datetime
 from typing import Any
@@ -40,6 +41,7 @@ class OnlineState:
     def read(self, at: datetime | None = None, **keys: Any) -> dict[str, float]:
         """The features of these join keys by name, without those missing, or older at `at` (now) than their TTL.
 
+        Ages are in whole seconds. A store holds the newest values alone: an `at` before their time finds nothing.
         Raises KeyError for a join key that is not given.
         """
         for key in self._keys:
@@ -53,5 +55,7 @@ class OnlineState:
         return {
             own: float(values[name][0])
             for name, own in self._names.items()
-            if values[name][0] is not None and int(now) - values[f"{name}__ts"][0] <= self._ttl[name]
+            if values[name][0] is not None
+            and math.isfinite(values[name][0])
+            and 0 <= int(now) - values[f"{name}__ts"][0] <= self._ttl[name]
         }

@@ -35,7 +35,8 @@ class FittedQ:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
         self.discount = torch.from_numpy(discount)
-        self.looks_ahead = bool(discount.any())
+        ahead = discount[~(data.terminal | data.truncated)]
+        self.looks_ahead = bool(ahead.any())
         usable = ~data.truncated if self.looks_ahead else np.ones(len(data), bool)
         self.rows = torch.from_numpy(np.flatnonzero(usable))
         self.state = torch.from_numpy(data.state)
@@ -47,8 +48,8 @@ class FittedQ:
         size = self.metrics.square().mean(0).sqrt()
         self.scale = torch.where(size > 0, size, 1.0)
 
-        mean = float(discount.mean())
-        forever = 1 / (1 - mean) if mean < 1 else torch.inf
+        most = float(ahead.max(initial=0.0))
+        forever = 1 / (1 - most) if most < 1 else torch.inf
         scaled = self.metrics / self.scale
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)

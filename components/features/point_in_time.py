@@ -122,11 +122,11 @@ def join_service(transitions: DataFrame, store: Any, service: Any, settings: Fea
         F.col("mdp_id").alias("_mdp"),
         F.col("sequence_number").alias("_step"),
         F.col("event_time").alias("event_timestamp"),
-        *[F.col(f"`{given[key]}`").cast(kind).alias(key) for key, kind in keys.items()],
+        *[F.col(f"`{given[key]}`").try_cast(kind).alias(key) for key, kind in keys.items()],
     ).persist()
     try:
         joined = store.get_historical_features(entity_df=instants, features=service).to_spark_df()
-    except (PySparkException, ValueError) as error:
+    except (PySparkException, feast_store.feast_error(), ValueError) as error:
         raise StageError(
             f"data.features.service {settings.service}: Feast cannot join it: {' '.join(str(error).split())[:400]}"
         ) from None

@@ -47,6 +47,15 @@ def _feast() -> Any:
     return feast
 
 
+def feast_error() -> type[Exception]:
+    """What Feast's own errors derive from."""
+    _feast()
+    from feast.errors import FeastError
+
+    error: type[Exception] = FeastError
+    return error
+
+
 def open_named(settings: Features) -> tuple[Any, Any]:
     """The store and the service that the job names; raises `StageError` for what is not there or not on Spark."""
     feast = _feast()
@@ -78,7 +87,13 @@ def views_of(store: Any, service: Any) -> list[View]:
     """
     views = []
     for projection in service.feature_view_projections:
-        view = store.get_feature_view(projection.name)
+        try:
+            view = store.get_feature_view(projection.name)
+        except feast_error():
+            raise StageError(
+                f"data.features.service {service.name}: {projection.name} is no view of a source; on-demand "
+                "and stream views cannot be joined by Spark"
+            ) from None
         kinds = {c.name: _KEY_TYPES.get(c.dtype.to_value_type().name, T.StringType()) for c in view.entity_columns}
         for field in projection.features:
             if str(field.dtype) not in _NUMBERS:
@@ -101,6 +116,9 @@ def publish(settings: Features, repository: Path, source: Path, features: list[s
     if clash := _RESERVED.intersection(name.lower() for name in features):
         raise StageError(f"features: state feature {sorted(clash)[0]!r} has the name of a key column; rename it")
     fields = {name: field_name(name) for name in features}
+    if len(set(fields.values())) != len(fields):
+        twice = next(f for f in fields.values() if list(fields.values()).count(f) > 1)
+        raise StageError(f"features: two state features are called {twice} in Feast; rename one")
     repository.mkdir(parents=True, exist_ok=True)
     online = settings.online_store.model_dump()
     if online["type"] == "sqlite":

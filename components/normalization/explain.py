@@ -10,16 +10,15 @@ import pyarrow.dataset as ds
 import torch
 
 from components.normalization.graph import NormalizationGraph
-from components.normalization.spec import SPECS, NormalizationSpec
+from components.normalization.spec import SPECS, NormalizationSpec, label
 from contracts.stage import StageError, read_record
-from contracts.transitions import STATE_PREFIX
 
 ROWS = 100_000
 BINS = 24
 
 
-def explain(features: str | Path, normalization: str | Path, name: str) -> dict[str, Any]:
-    """What is known of a feature: {name, type, how, evidence, before, after}, or {name, dropped} for one without use.
+def explain(features: str | Path, normalization: str | Path, asked: str) -> dict[str, Any]:
+    """What is known of a feature: {name, type, how, evidence, before, after}, or {name, dropped} for one of no use.
 
     `before` and `after` are histograms, {edges [BINS + 1], counts [BINS]}, of its first present values; an enum has
     {values, counts} after, the last count that of other values. Raises `StageError` for a feature that is not there.
@@ -27,16 +26,14 @@ def explain(features: str | Path, normalization: str | Path, name: str) -> dict[
     read_record(normalization)
     files = {prefix: Path(normalization) / file for prefix, file in SPECS.items()}
     specs = {prefix: NormalizationSpec.read(file) for prefix, file in files.items() if file.exists()}
-    prefix, spec = next(
-        ((p, s) for p, s in specs.items() if name in s.inputs),
-        (STATE_PREFIX, NormalizationSpec(inputs=[], features=[])),
-    )
+    there = {label(prefix, n): (prefix, n) for prefix, spec in specs.items() for n in (*spec.inputs, *spec.dropped)}
+    if asked not in there:
+        raise StageError(f"normalization: no feature {asked!r}; there are {', '.join(there)}")
+    prefix, name = there[asked]
+    spec = specs[prefix]
     if name in spec.dropped:
         return {"name": name, "dropped": spec.dropped[name]}
-    feature = next((f for f in spec.features if f.name == name), None)
-    if feature is None:
-        there = ", ".join(name for s in specs.values() for name in s.inputs)
-        raise StageError(f"normalization: no feature {name!r}; there are {there}")
+    feature = next(f for f in spec.features if f.name == name)
     data = ds.dataset(Path(features) / "training", format="parquet")
     column = prefix + name
     present = data.head(ROWS, columns=[column], filter=ds.field(column).is_valid())

@@ -46,11 +46,12 @@ class NormalizationGraph(nn.Module):
 
     def _init_standard(self, type_: str, members: list[FeatureNormalization]) -> int:
         self._keep(f"{type_}_mean", torch.tensor([f.mean for f in members]))
-        self._keep(f"{type_}_stddev", torch.tensor([f.stddev or 1.0 for f in members]))
+        self._keep(f"{type_}_stddev", torch.tensor([max(f.stddev, 1e-30) if f.stddev else 1.0 for f in members]))
         return len(members)
 
     def _init_box_cox(self, type_: str, members: list[FeatureNormalization]) -> int:
         self._keep("box_cox_lambda", torch.tensor([f.box_cox_lambda for f in members]))
+        self._keep("box_cox_floor", torch.tensor([f.box_cox_floor for f in members], dtype=torch.float64))
         self._keep("box_cox_shift", torch.tensor([f.box_cox_shift for f in members], dtype=torch.float64))
         return self._init_standard(type_, members)
 
@@ -81,7 +82,7 @@ class NormalizationGraph(nn.Module):
             if type_ == "enum":
                 missing = missing.repeat_interleave(self.get_buffer("enum_values").shape[1] + 1, 1)
                 missing = missing.index_select(1, self.get_buffer("enum_used"))
-            parts.append(torch.where(missing, torch.zeros_like(y), y))
+            parts.append(torch.where(missing | torch.isnan(y), torch.zeros_like(y), y))
         present = ~torch.isnan(raw.index_select(1, self.get_buffer("presence_columns")))
         return torch.cat([*parts, present.to(raw.dtype)], 1).clamp(-CLAMP, CLAMP)
 
@@ -99,8 +100,8 @@ class NormalizationGraph(nn.Module):
         return self._standardize("probability", torch.log(p / (1 - p)))
 
     def _box_cox(self, x: Tensor) -> Tensor:
-        positive = (x.double() + self.get_buffer("box_cox_shift")).clamp(min=1e-12).float()
-        log = torch.log(positive)
+        positive = torch.maximum(x.double() + self.get_buffer("box_cox_shift"), self.get_buffer("box_cox_floor"))
+        log = torch.log(positive).float()
         lam = self.get_buffer("box_cox_lambda")
         near_zero = lam.abs() < 1e-6
         safe = torch.where(near_zero, torch.ones_like(lam), lam)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from scipy import optimize, stats
 
-from components.normalization.spec import SPECS, FeatureNormalization, NormalizationSpec
+from components.normalization.spec import SPECS, FeatureNormalization, NormalizationSpec, label
 from components.spark import spark_session
 from contracts.job import FeatureType, JobSpec, Normalization
 from contracts.progress import report
@@ -22,87 +21,109 @@ from contracts.stage import StageError, read_record, stage
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
 PROBABILITY_CLAMP = 1e-5
+MOST_CLAMPED = 0.01
+MOST_ENUM_VALUES = 1000
 SAMPLE_VALUES = 50_000_000
 """Most values of a sample, over all features: it is held in memory."""
+HASHES = 1_000_000
+LARGEST = 3e38
+"""A float32 holds little more."""
 
 
 def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -> None:
     """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
     Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
-    normality, and all rows for counts and ends. Raises `StageError` when no feature is left to learn from.
+    normality, and all rows for counts and ends. An action's feature is called `action_feature_<name>` where both kinds
+    are spoken of. Raises `StageError` when no feature of the state is left to learn from.
     """
     record = read_record(features)
     groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
-    names = {prefix + name: name for prefix, group in groups.items() for name in group}
+    labels = {prefix + name: label(prefix, name) for prefix, group in groups.items() for name in group}
     overrides = spec.normalization.overrides
-    if unknown := set(overrides) - set(names.values()):
+    if unknown := set(overrides) - set(labels.values()):
         raise StageError(
-            f"normalization.overrides.{sorted(unknown)[0]}: no such feature; there are {', '.join(names.values())}"
+            f"normalization.overrides.{sorted(unknown)[0]}: no such feature; there are {', '.join(labels.values())}"
         )
     with stage("normalization", output) as (directory, facts), spark_session("normalization") as spark:
-        data = spark.read.parquet(str(Path(features) / "training")).select(*[F.col(f"`{c}`") for c in names])
+        data = spark.read.parquet(str(Path(features) / "training"))
         report(0, 3, "sample")
-        sample, whole = draw(data, spec.normalization.sample_rows, spec.seed)
-        candidates = {} if whole else {c for c in names if looks_countable(sample[c], spec.normalization)}
+        sample, whole = draw(data, list(labels), spec.normalization.sample_rows, spec.seed)
+        few = {} if whole else {c: v for c in labels if (v := countable(sample[c], spec.normalization)) is not None}
         report(1, 3, "all rows")
-        summary = summarize(data, list(names), candidates)
-        report(2, 3, f"{len(names)} features")
-        with ThreadPool(os.cpu_count()) as pool:
-            found = dict(
-                zip(
-                    names,
-                    pool.map(
-                        lambda c: examine(names[c], sample[c], summary[c], spec.normalization, overrides.get(names[c])),
-                        names,
-                    ),
-                    strict=True,
-                )
-            )
+        summary = summarize(data, list(labels), few)
+        report(2, 3, f"{len(labels)} features")
+
+        def found(column: str) -> FeatureNormalization | str:
+            name = labels[column].removeprefix(ACTION_PREFIX)
+            override = overrides.get(labels[column])
+            return examine(name, sample[column], summary[column], spec.normalization, override)
+
+        with warnings.catch_warnings(), ThreadPool(len(os.sched_getaffinity(0))) as pool:
+            # The tests of normality warn of samples that have no moments.
+            warnings.simplefilter("ignore")
+            made = dict(zip(labels, pool.map(found, labels), strict=True))
+        facts |= {"types": {}, "dropped": {}}
         for prefix, group in groups.items():
-            if not group:
-                continue
-            made = {name: found[prefix + name] for name in group}
-            kept = [f for f in made.values() if isinstance(f, FeatureNormalization)]
-            dropped = {name: reason for name, reason in made.items() if isinstance(reason, str)}
-            if not kept:
-                raise StageError(f"normalization: no feature carries information: {dropped}")
+            kept = [f for name in group if isinstance(f := made[prefix + name], FeatureNormalization)]
+            dropped = {name: reason for name in group if isinstance(reason := made[prefix + name], str)}
+            if prefix == STATE_PREFIX and not kept:
+                raise StageError(f"normalization: no feature of the state carries information: {dropped}")
             presence = [f.name for f in kept if f.evidence["missing"]] if spec.normalization.presence else []
-            result = NormalizationSpec(inputs=group, features=kept, presence=presence, dropped=dropped)
-            result.write(directory / SPECS[prefix])
-            facts.setdefault("types", {}).update({f.name: f.type for f in kept})
-            facts.setdefault("dropped", {}).update(dropped)
+            if group:
+                result = NormalizationSpec(inputs=group, features=kept, presence=presence, dropped=dropped)
+                result.write(directory / SPECS[prefix])
+            facts["types"] |= {label(prefix, f.name): f.type for f in kept}
+            facts["dropped"] |= {label(prefix, name): reason for name, reason in dropped.items()}
         report(3, 3, f"{len(facts['types'])} features")
 
 
-def draw(data: DataFrame, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bool]:
-    """A sample of each column's present values, float64, and whether it is all that there is."""
+def draw(data: DataFrame, columns: list[str], rows: int, seed: int) -> tuple[dict[str, np.ndarray], bool]:
+    """A sample of each column's present values, as a network will see them, and whether it is all that there is.
+
+    It is chosen by the hash of rows' keys, and so the same wherever Spark runs.
+    """
     total = data.count()
-    fraction = min(1.0, min(rows, SAMPLE_VALUES // len(data.columns)) / max(1, total))
-    table = (data if fraction == 1.0 else data.sample(fraction=fraction, seed=seed)).toArrow()
-    return {c: table[c].drop_null().to_numpy().astype(np.float64) for c in data.columns}, fraction == 1.0
+    fraction = min(1.0, min(rows, SAMPLE_VALUES // len(columns)) / max(1, total))
+    if fraction < 1:
+        place = F.pmod(F.xxhash64("mdp_id", "ordinal", F.lit(seed)), F.lit(HASHES))
+        data = data.where(place < int(fraction * HASHES))
+    table = data.select(*[F.col(f"`{c}`") for c in columns]).toArrow()
+    return {c: as_seen(table[c].drop_null().to_numpy()) for c in columns}, fraction == 1.0
 
 
-def looks_countable(sample: np.ndarray, limits: Normalization) -> bool:
-    """Whether a feature's sample has so few values, all integers, that it is worth counting them in all rows."""
-    return np.unique(sample[:1000]).size <= limits.max_enum_values and np.unique(sample).size <= limits.max_enum_values
+def as_seen(values: np.ndarray) -> np.ndarray:
+    """float64 of what a network's float32 holds: what differs by less is one value to it."""
+    return np.clip(values.astype(np.float64), -LARGEST, LARGEST).astype(np.float32).astype(np.float64)
 
 
-def summarize(data: DataFrame, columns: list[str], candidates: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Of all rows: how many there are, present and missing, their ends, and of candidates the distinct values."""
+def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
+    """A sample's distinct values where they are few and integers, so that they are worth looking for in all rows."""
+    if np.unique(sample[:1000]).size > limits.max_enum_values:
+        return None
+    distinct = np.unique(sample)
+    few = 0 < distinct.size <= limits.max_enum_values and bool(np.all(distinct == np.round(distinct)))
+    return distinct if few else None
+
+
+def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many have other values."""
     parts = [F.count(F.lit(1))]
     for column in columns:
         value = F.col(f"`{column}`")
         parts += [F.count(value), F.min(value), F.max(value)]
-    parts += [F.approx_count_distinct(F.col(f"`{column}`")) for column in candidates]
+    parts += [F.count_if(~F.col(f"`{c}`").cast("float").isin(values.tolist())) for c, values in few.items()]
     rows, *found = data.agg(*parts).collect()[0]
-    distinct = dict(zip(candidates, found[3 * len(columns) :], strict=True))
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for i, column in enumerate(columns):
         count, low, high = found[3 * i : 3 * i + 3]
         result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
-        if column in distinct:
-            result[column]["distinct"] = distinct[column]
+    others = dict(zip(few, found[3 * len(columns) :], strict=True))
+    # Values that the sample missed are few, if there are any: only then are they counted.
+    if seldom := [c for c, n in others.items() if n]:
+        distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
+        for column, n in zip(seldom, distinct, strict=True):
+            result[column]["distinct"] = max(n, few[column].size + 1)
     return result
 
 
@@ -110,31 +131,29 @@ def examine(
     name: str, sample: np.ndarray, summary: dict[str, Any], limits: Normalization, override: FeatureType | None
 ) -> FeatureNormalization | str:
     """A feature's normalization, or why it is of no use."""
-    low, high = summary["minimum"], summary["maximum"]
-    evidence = {"distinct": float(np.unique(sample).size)} | {k: float(v) for k, v in summary.items() if v is not None}
-    if reason := carries_nothing(sample, evidence, low, high, limits, override):
+    evidence = {"count": float(summary["count"]), "missing": float(summary["missing"])}
+    if summary["minimum"] is None:
+        return "never present"
+    low, high = as_seen(np.array([summary["minimum"], summary["maximum"]])).tolist()
+    if reason := carries_nothing(evidence, low, high, limits, override):
         return reason
-    return identify(name, sample, evidence | {"sample": float(sample.size)}, limits, override)
+    if sample.size == 0 or np.ptp(sample) == 0:
+        # Its other values are rarer than the sample shows: the ends of all rows are two of them.
+        sample = np.append(sample, [low, high])
+    evidence |= {"minimum": low, "maximum": high, "sample": float(sample.size)}
+    evidence["distinct"] = float(summary.get("distinct", np.unique(sample).size))
+    return identify(name, sample, evidence, limits, override)
 
 
 def carries_nothing(
-    sample: np.ndarray,
-    evidence: dict[str, float],
-    low: float | None,
-    high: float | None,
-    limits: Normalization,
-    override: str | None,
+    evidence: dict[str, float], low: float, high: float, limits: Normalization, override: str | None
 ) -> str:
-    """Why a feature is of no use, or nothing; `low` and `high` are of all rows, `sample` holds present values alone."""
-    if low is None or high is None:
-        return "never present"
+    """Why a feature is of no use, or nothing; `low` and `high` are of all rows."""
     if low == high:
         return f"constant at {low:g}"
     missing = evidence["missing"] / (evidence["missing"] + evidence["count"])
     if missing > limits.max_missing_fraction and not override:
         return f"missing in {missing:.4%} of the rows"
-    if sample.size == 0 or np.ptp(sample) == 0:
-        return f"varies in none of the {sample.size:,} rows of the sample that have it; raise normalization.sampleRows"
     return ""
 
 
@@ -156,18 +175,21 @@ def identify(
         "skewness": float(stats.skew(values)),
         "k2": k2,
     }
-    shift = float(1e-6 * np.ptp(values) - values.min())
+    floor = float(1e-6 * np.ptp(values))
+    shift = floor - float(values.min())
     lam, transformed = box_cox(values, shift)
     k2_box_cox = normality(transformed)
     evidence |= {"box_cox_lambda": lam, "box_cox_k2": k2_box_cox}
+    low, high = evidence["minimum"], evidence["maximum"]
+    in_unit = low >= 0 and high <= 1
     logits = stats.logistic.ppf(np.clip(values, PROBABILITY_CLAMP, 1 - PROBABILITY_CLAMP))
     if override:
         type_, how = override, "set by hand"
-    elif distinct.size <= 2 and set(distinct) <= {0.0, 1.0}:
+    elif in_unit and count <= 2 and set(distinct) <= {0.0, 1.0}:
         type_, how = "binary", "only 0 and 1 occur"
     elif count <= limits.max_enum_values and np.all(distinct == np.round(distinct)):
-        type_, how = "enum", f"{distinct.size} distinct integers"
-    elif values.min() >= 0 and values.max() <= 1 and np.ptp(logits) > 1e-3:
+        type_, how = "enum", f"{count:g} distinct integers"
+    elif in_unit and np.ptp(logits) > 1e-3 and clamped(values) < MOST_CLAMPED:
         type_, how = "probability", "all values lie in [0, 1]"
     elif k2 < limits.normality_bound:
         type_, how = "continuous", f"K^2 {k2:.4g} is under {limits.normality_bound:g}"
@@ -184,11 +206,17 @@ def identify(
             "stddev": float(transformed.std()),
             "box_cox_lambda": lam,
             "box_cox_shift": shift,
+            "box_cox_floor": floor,
         }
     elif type_ == "quantile":
         levels = np.linspace(0, 1, limits.quantiles + 1)
         parameters = {"quantiles": np.unique(np.quantile(values, levels)).tolist()}
     elif type_ == "enum":
+        if distinct.size > MOST_ENUM_VALUES:
+            raise StageError(
+                f"normalization.overrides.{name}: {distinct.size:,} distinct values are too many for an enum, which is "
+                f"an input for each; {MOST_ENUM_VALUES} at most"
+            )
         parameters = {"values": distinct.tolist()}
     elif type_ == "probability":
         parameters = {"mean": float(logits.mean()), "stddev": float(logits.std()) or 1.0}
@@ -197,12 +225,17 @@ def identify(
     )
 
 
+def clamped(values: np.ndarray) -> float:
+    """The share of values that a probability's clamp would make one with 0 or with 1."""
+    near = ((values > 0) & (values < PROBABILITY_CLAMP)) | ((values < 1) & (values > 1 - PROBABILITY_CLAMP))
+    return float(near.mean())
+
+
 def normality(values: np.ndarray) -> float:
     """D'Agostino and Pearson's K^2 (1973): small for a normal sample; infinite when it cannot be had."""
     if values.size < 20:
         return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with np.errstate(all="ignore"):
         k2 = float(stats.normaltest(values).statistic)
     return k2 if np.isfinite(k2) else 1e300
 

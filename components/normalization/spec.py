@@ -13,23 +13,30 @@ SPECS = {STATE_PREFIX: "spec.json", ACTION_PREFIX: "action_spec.json"}
 """File of the spec of each kind of feature, by the prefix of its columns in the training data."""
 
 
+def label(prefix: str, name: str) -> str:
+    """A feature's name where those of the state and of the action are spoken of: the column of an action's."""
+    return name if prefix == STATE_PREFIX else prefix + name
+
+
 class FeatureNormalization(BaseModel):
     """How one feature is normalized. Parameters that its type does not use are at their defaults."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     name: str
     type: FeatureType
     mean: float = 0.0
     stddev: float = 1.0
     box_cox_lambda: float = 1.0
     box_cox_shift: float = 0.0
+    box_cox_floor: float = 1e-12
+    """The least value that is transformed, after the shift: in the feature's own unit."""
     quantiles: list[float] = []
     values: list[float] = []
     how: str
     """One sentence: why this type."""
     evidence: dict[str, float]
-    """count, missing, minimum and maximum of all rows; of the sample its size, distinct values (where they are few:
-    those of all rows, about), mean, stddev, skewness and k2, and Box-Cox's lambda and k2."""
+    """count, missing, minimum and maximum of all rows; of the sample its size, distinct values (of all rows,
+    where they are few integers), mean, stddev, skewness and k2, and Box-Cox's lambda and k2."""
 
 
 class NormalizationSpec(BaseModel):
@@ -46,7 +53,7 @@ class NormalizationSpec(BaseModel):
     """Features that carry nothing (constant, never present), with the reason."""
 
     def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=2))
+        path.write_text(self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> NormalizationSpec:

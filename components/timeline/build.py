@@ -79,10 +79,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         if kept != facts["rows_out"] or sum(reasons.values()) != rejected:
             raise StageError(
                 f"timeline: {rows} rows in, but {kept} out and {sum(reasons.values())} quarantined; the log changed "
-                "while it was read: run again on a log that is not being written"
+                "while it was read, or an executor was lost: run again on a log that is not being written"
             )
         if not kept:
-            raise StageError(f"data.decisionLog {decision_log}: no row is left of {rows}: see `data`'s limits")
+            why = f"rejected: {reasons}" if rejected else "all were left out by `data`'s sample and limits"
+            raise StageError(f"data.decisionLog {decision_log}: no row is left of {rows}; {why}")
         facts["out_of_order"] = counts["before_its_time"]
         document = facts | describe(written, kept, sorted(plan.features), sorted(plan.metrics))
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
@@ -175,17 +176,30 @@ def all_names(used: DataFrame) -> Names:
     usual = sets.agg(F.max_by("state", "count")).collect()[0][0] or []
     sets.unpersist()
     features = found.get("state", [])
+    return usual + [name for name in features if name not in set(usual)], found.get("metrics", [])
+
+
+def check_names(features: list[str]) -> None:
+    """Raise `StageError` for features that cannot be a column each."""
     if len(features) > MOST_FEATURES:
         raise StageError(
             f"data.decisionLog: state_features has {len(features):,} different names, such as {features[0]!r} and "
             f"{features[-1]!r}: more than {MOST_FEATURES:,} features cannot be columns; is an id among the names?"
         )
-    return usual + [name for name in features if name not in set(usual)], found.get("metrics", [])
+    lower: dict[str, str] = {}
+    for name in features:
+        if "`" in name:
+            raise StageError(f"data.decisionLog: state feature {name!r}: a backtick cannot be in a column's name")
+        if other := lower.get(name.lower()):
+            how = "is there twice in a row" if other == name else f"and {other!r} are one column to Spark; rename one"
+            raise StageError(f"data.decisionLog: state feature {name!r} {how}")
+        lower[name.lower()] = name
 
 
 def make_plan(used: DataFrame, spec: JobSpec, names: Names) -> Plan:
     """Look over the log for how long its MDPs are."""
     data, interval = spec.data, spec.reward.discount_interval
+    check_names(names[0])
     limit = data.max_length
     with_id = used.where(F.col("mdp_id").isNotNull() & (F.col("mdp_id") != ""))
     if data.max_length_percentile or interval:
@@ -231,14 +245,26 @@ def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
     """
     values, odd = state.in_usual_order("state_features", plan.features)
     rows = used.withColumns({"values": values, "odd": odd})
-    columns: list[Column] = []
+    hashed: list[Column] = []
     for name, kind in rows.dtypes:
         column = F.col(f"`{name}`")
         if kind.startswith("map"):
-            columns += [F.map_keys(column), F.map_values(column)] if name != "state_features" else []
+            if name != "state_features":
+                hashed += [F.map_keys(column), *_with_nulls(F.map_values(column))]
+        elif kind == "array<double>":
+            hashed += _with_nulls(column)
         else:
-            columns.append(F.to_json(column) if kind.startswith("array<map") else column)
-    return rows.withColumn("tie", F.xxhash64(*columns))
+            hashed.append(F.to_json(column) if kind.startswith("array<map") else column)
+    # A null is hashed as if it were not there.
+    nulls = F.array(*[F.col(f"`{name}`").isNull() for name in rows.columns])
+    return rows.withColumn("tie", F.xxhash64(*hashed, nulls))
+
+
+def _with_nulls(values: Column) -> list[Column]:
+    """An array of numbers for a hash, which leaves nulls out: where there are some, its text as well."""
+    # What is not there is null, not false, in an array that holds one.
+    holds_null = values.isNotNull() & F.array_contains(values, float("nan")).isNull()
+    return [values, F.when(holds_null, F.to_json(values))]
 
 
 def number_steps(rows: DataFrame, plan: Plan) -> DataFrame:
@@ -281,14 +307,16 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
     rows = add_returns(rows, logged, spec.reward.discount, elapsed, plan.elapsed)
     last = F.col("_next").isNull()
     before_hole = ~last & ~F.col("_next._good")
-    cut = {
-        "terminal": F.lit(False),
-        "truncated": last,
-        "column": F.coalesce(F.col("row.truncated"), F.lit(False)),
-    }[spec.data.last_step] | before_hole
-    if "ended" in numbered.columns:
-        # Where ends are reported, an MDP without one is still under way.
-        cut = cut | (last & ~F.col("ended"))
+    # Where ends are reported, an MDP without one is still under way.
+    open_ended = last & ~F.col("ended") if "ended" in numbered.columns else F.lit(False)
+    cut = (
+        before_hole
+        | {
+            "terminal": open_ended,
+            "truncated": open_ended if "ended" in numbered.columns else last,
+            "column": open_ended | F.coalesce(F.col("row.truncated"), F.lit(False)),
+        }[spec.data.last_step]
+    )
     rows = rows.withColumn("_truncated", cut)
     broken = F.col("_truncated") | ~F.col("_good")
     for n in spec.data.n_steps:

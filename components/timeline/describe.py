@@ -42,6 +42,8 @@ def describe(transitions: DataFrame, rows: int, features: list[str], metrics: li
         files = sorted(transitions.inputFiles())
         sample = transitions.sparkSession.read.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
     described = sample.count()
+    if not described:
+        sample, described = transitions, rows
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}
     counts = [F.count(F.col(f"`{STATE_PREFIX}{name}`")) for name in features]
     counted = sample.agg(*counts).collect()[0] if features else []

@@ -39,9 +39,9 @@ def join_outcomes(
         F.max("ended").alias("ended"),
     )
     reported = per_metric.groupBy("mdp_id", "sequence_number").agg(
-        F.map_from_entries(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value")))).alias(
-            "_metrics"
-        ),
+        F.map_from_entries(
+            F.array_sort(F.collect_list(F.when(F.col("key").isNotNull(), F.struct("key", "value"))))
+        ).alias("_metrics"),
         F.max("truncated").alias("_truncated"),
         F.max("ended").alias("ended"),
     )

@@ -19,6 +19,7 @@ from pyspark.sql import types as T
 from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, schema, spark_ddl
 from contracts.job import REWARD, Data, split_paths
 from contracts.stage import StageError
+from contracts.transitions import ACTION_PREFIX, NEXT_STATE_PREFIX, STATE_PREFIX
 
 CORRUPT = "_corrupt_record"
 UNREADABLE = "_unreadable"
@@ -27,6 +28,12 @@ DAY_MICROSECONDS = 86_400_000_000
 LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
 REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
+OURS = (
+    "ordinal", "time_diff", "next_action", "possible_next_actions", "terminal", "returns", "reward_timeline",
+    "before_its_time", "values", "odd", "tie", "unknown", "row", "state", "first", "bad", "steps", "left_out",
+)  # fmt: skip
+OUR_PREFIXES = (STATE_PREFIX, NEXT_STATE_PREFIX, ACTION_PREFIX, "returns_", "quarantine_", "_")
+"""Names that the stage gives to columns, so that a join key of the log cannot have them."""
 _STRINGS = T.MapType(T.StringType(), T.StringType())
 
 
@@ -58,8 +65,9 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
         raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(raw)}")
     if missing := [name for name in data.features.keys if name not in raw.columns]:
         raise StageError(f"data.features.keys: {missing[0]} is missing from {path}; found {_found(raw)}")
-    if clash := set(data.features.keys).intersection(wanted.names):
-        raise StageError(f"data.features.keys: {sorted(clash)[0]} is a column of the log's own; rename the join key")
+    taken = {*wanted.names, *OURS}
+    if clash := [k for k in data.features.keys if k in taken or k.startswith(OUR_PREFIXES)]:
+        raise StageError(f"data.features.keys: {clash[0]} is the name of a column of ours; rename the join key")
     known = {ours: theirs for ours, theirs in names.items() if theirs in raw.columns}
     if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
         del known["event_time"]
@@ -280,7 +288,8 @@ def _number_maps(raw: Column, given: T.DataType) -> tuple[Column, Column]:
         texts = raw
     else:
         return F.lit(None).cast("array<map<string,double>>"), raw.isNotNull()
-    numbers = F.transform(texts, lambda one: F.transform_values(one, lambda _, v: v.try_cast("double")))
+    present = F.transform(texts, lambda one: F.map_filter(one, lambda _, v: v.isNotNull()))
+    numbers = F.transform(present, lambda one: F.transform_values(one, lambda _, v: v.try_cast("double")))
     bad = F.exists(numbers, lambda one: one.isNull() | F.exists(F.map_values(one), lambda v: v.isNull()))
     return numbers, (raw.isNotNull() & texts.isNull()) | F.coalesce(bad, F.lit(False))
 

@@ -26,7 +26,7 @@ def as_array(values: str, odd: str, features: list[str]) -> Column:
     picked = F.transform(entries, lambda e: F.transform(places, lambda place: F.get(e, place)["value"]))[0]
     return (
         F.when(F.col(values).isNotNull(), F.col(values))
-        .when(F.size(odd) == len(features), picked)
+        .when(F.size(F.array_distinct(F.map_keys(odd))) == len(features), picked)
         .when(F.col(odd).isNotNull(), F.transform(names_array(features), lambda name: F.col(odd)[name]))
     )
 

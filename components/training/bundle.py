@@ -90,7 +90,10 @@ def read_bundle(directory: str | Path) -> Bundle:
         raise StageError(f"{directory}: not the weights and settings that the bundle was written with; train again")
     normalization = NormalizationSpec.read(directory / NORMALIZATION)
     network = build_network(DQN(**description["algorithm"]), normalization, len(description["actions"]))
-    network.load_state_dict(load_file(directory / WEIGHTS))
+    try:
+        network.load_state_dict(load_file(directory / WEIGHTS))
+    except RuntimeError as error:
+        raise StageError(f"{directory}: a network of another version of BlueWhale; train again: {error}") from None
     return Bundle(
         network.eval(),
         normalization,

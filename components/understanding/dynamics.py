@@ -15,6 +15,8 @@ from components.transitions import Transitions
 
 BATCH = 512
 HIDDEN = 128
+OTHER = " = other"
+"""Of the name of an outcome: an enum's next value is none of those seen, which the log itself may never show."""
 MOST_EPOCHS = 30
 """A model of few rows takes fewer steps, or it would learn them by heart."""
 
@@ -69,7 +71,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
         values=values[:, varies].float(),
         present=present[:, varies],
         names=[name for name, kept in zip(names, varies.tolist(), strict=True) if kept],
-        steady=[name for name, kept in zip(names, varies.tolist(), strict=True) if not kept],
+        steady=[name for name, kept in zip(names, varies.tolist(), strict=True) if not (kept or name.endswith(OTHER))],
         mdp=data.mdp[usable.numpy()],
     )
 
@@ -80,7 +82,7 @@ def _next_names(features: list[str], normalization: NormalizationSpec) -> list[s
     seen: Counter[str] = Counter()
     names = []
     for feature in features:
-        values = [f" = {value:g}" for value in enums[feature]] + [" = other"] if feature in enums else [""]
+        values = [f" = {value:g}" for value in enums[feature]] + [OTHER] if feature in enums else [""]
         names.append(f"next {feature}{[*values, ' is there'][seen[feature]]}")
         seen[feature] += 1
     return names

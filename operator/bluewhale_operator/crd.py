@@ -78,6 +78,7 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "keys and actionKey are join keys of a service",
             "keys",
         ),
+        Rule("self.keys.all(k, self.keys.exists_one(j, j == k))", "keys must be distinct", "keys"),
     ],
     Workers: [Rule("self.min <= self.max", "min must not exceed max", "min")],
     Training: [
@@ -95,6 +96,11 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "self.actionSpace == 'discrete' ? self.actions.size() >= 2 : self.actions.size() == 0",
             "actions must name two or more discrete actions, and none in another actionSpace",
             "actions",
+        ),
+        Rule(
+            "self.actionSpace == 'discrete' || !has(self.data.features.actionKey)",
+            "data.features.actionKey stands for a discrete action's name",
+            "data",
         ),
         Rule("self.actions.all(a, self.actions.exists_one(b, a == b))", "actions must be distinct", "actions"),
         Rule(

@@ -18,9 +18,9 @@ from google.protobuf.json_format import ParseDict
 from kfp import components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from contracts.job import JobError, RLTrainingJob, load_job
+from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
 from pipelines.cluster import Cluster, compile_pipeline, run_spec
-from pipelines.pipeline import STAGES, build_pipeline
+from pipelines.pipeline import SECTIONS, STAGES, build_pipeline
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 ALL = ("simulation", *STAGES, "rollout")
@@ -60,6 +60,13 @@ def environment(body: dict[str, Any], stage: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def body() -> dict[str, Any]:
     return run_spec(load_job(EXAMPLE), "uid-1", "lab", None)
+
+
+def test_every_stage_can_read_its_part_of_a_job_that_names_a_feature_service() -> None:
+    features = {"repository": "r", "service": "s", "keys": ["shop"], "actionKey": "item"}
+    spec = JobSpec.model_validate({"actions": ["a", "b"], "data": {"decisionLog": "log", "features": features}})
+    for sections in SECTIONS.values():
+        JobSpec.model_validate_json(spec.only(*sections))
 
 
 def test_kfp_s_own_loader_takes_what_compile_writes(tmp_path: Path) -> None:

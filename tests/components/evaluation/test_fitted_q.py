@@ -125,6 +125,20 @@ def test_what_followed_a_cut_is_not_made_up(log: Log, discount: float, learned_f
     assert np.array_equal(*predictions) != learned_from
 
 
+def test_the_bound_on_values_is_that_of_the_least_discounted_step(log: Log) -> None:
+    """Bursts within long pauses: a mean discount would bound the value of a burst below what it was."""
+    data = transitions(log)
+    uneven = np.where(data.terminal, 1.0, np.where(np.arange(len(data)) % 2, 0.1, 0.99)).astype(np.float32)
+    fitted = FittedQ(data, SPEC, uneven, seed=0)
+    np.testing.assert_allclose(fitted.highest * fitted.scale, data.metrics.max(0) / (1 - 0.99), rtol=1e-4)
+
+
+def test_what_follows_an_end_is_no_looking_ahead(log: Log) -> None:
+    data = transitions(log)
+    fitted = FittedQ(data, SPEC, np.where(data.terminal, 1.0, 0.0).astype(np.float32), seed=0)
+    assert not fitted.looks_ahead
+
+
 def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     data, policy = transitions(log), MODEL.target[log.state]
     once, again, on = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(3))

@@ -109,7 +109,7 @@ def test_a_run_over_older_days_does_not_take_the_store_back(redis: str, tmp_path
     for name, steps in (("new", 5), ("old", 3)):
         rows = [row("m", step, state_x=float(step)) for step in range(steps)]
         join_features(job, timeline(tmp_path / name, rows), tmp_path / f"out-{name}")
-    assert online(tmp_path / "out-old", "m") == {"x": 4.0}
+    assert online(tmp_path / "out-old", "m", at=10) == {"x": 4.0}
 
 
 def test_projects_keep_apart_what_has_the_same_name(redis: str, tmp_path: Path) -> None:

@@ -197,6 +197,20 @@ class TestStatesOfANamedService:
         assert [r["ordinal"] for r in found if r["mdp_id"] == "two"] == [1, 2]
 
 
+def test_numbers_that_describe_an_action_become_its_features(tmp_path):
+    spec = JobSpec.model_validate({"actionSpace": "parametric"})
+    rows = [row("m", i, state_x=float(i)) for i in range(3)]
+    directory = timeline(tmp_path / "timeline", rows)
+    actions = pa.array([[("price", 9.0)], [("price", 5.0), ("blue", 1.0)], []], pa.map_(pa.string(), pa.float64()))
+    file = directory / "transitions" / "part.parquet"
+    pq.write_table(pq.read_table(file).append_column("action", actions), file)
+    join_features(spec, directory, tmp_path / "out")
+    found = [(r["action_feature_price"], r["action_feature_blue"]) for r in joined(tmp_path / "out")]
+    assert found == [(9.0, None), (5.0, 1.0), (None, None)]
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert (record["features"], record["action_features"]) == (["x"], ["blue", "price"])
+
+
 def test_the_online_store_goes_on_from_where_it_was(shop: Path, tmp_path: Path) -> None:
     """Twice the same days, then a later one: only what is new is written, and nothing is taken back."""
     from feast import FeatureStore

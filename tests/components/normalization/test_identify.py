@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
+from components.normalization.explain import explain
 from components.normalization.graph import CLAMP, NormalizationGraph
-from components.normalization.identify import box_cox, carries_nothing, identify, identify_features, normality
+from components.normalization.identify import as_seen, box_cox, identify, identify_features, normality
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from contracts.job import JobSpec, Normalization
 from contracts.stage import StageError, read_record, stage
@@ -80,6 +81,96 @@ class TestTheStage:
         monkeypatch.setenv("SPARK_MASTER", "local[1]")
         with pytest.raises(StageError, match=r"normalization\.overrides\.sped: no such feature; there are speed, flag"):
             identify_features(job(overrides={"sped": "enum"}), written, tmp_path / "out")
+
+
+def test_features_of_the_state_and_of_the_action_have_a_spec_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARK_MASTER", "local[1]")
+    with stage("features", tmp_path / "features") as (directory, facts):
+        values = {"state_age": rng().normal(40, 9, 300), "action_feature_price": rng().integers(0, 3, 300) * 1.0}
+        values["action_feature_price"][::3] = np.nan
+        (directory / "training").mkdir()
+        table = pa.table({n: pa.array(v, pa.float64(), from_pandas=True) for n, v in values.items()})
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts |= {"features": ["age"], "action_features": ["price"]}
+    spec = job(presence=True, overrides={"action_feature_price": "enum"})
+    identify_features(spec, tmp_path / "features", tmp_path / "out")
+    specs = [NormalizationSpec.read(tmp_path / "out" / name) for name in ("spec.json", "action_spec.json")]
+    assert [s.inputs for s in specs] == [["age"], ["price"]]
+    assert [s.features[0].type for s in specs] == ["continuous", "enum"]
+    assert [s.presence for s in specs] == [[], ["price"]]
+    assert explain(tmp_path / "features", tmp_path / "out", "action_feature_price")["type"] == "enum"
+    assert read_record(tmp_path / "out")["types"] == {"age": "continuous", "action_feature_price": "enum"}
+
+
+class TestASample:
+    """Of 5,000 rows 1,000 are looked at; what they do not show, the counts over all rows do."""
+
+    @pytest.fixture(scope="class")
+    def spec(self, tmp_path_factory: pytest.TempPathFactory) -> NormalizationSpec:
+        root, n = tmp_path_factory.mktemp("sample"), 5000
+        rare = (np.arange(n) == 4321) * 1.0
+        columns = {
+            "flag_with_seven": np.where(rare, 7.0, rng().integers(0, 2, n)),
+            "fraud": rare,
+            "share_to_250": np.where(rare, 250.0, rng().beta(2, 5, n)),
+            "rank": rng().integers(-3, 3, n) * 1.0,
+            "rank_and_more": np.where(rng().random(n) < 0.004, rng().integers(50, 90, n), rng().integers(0, 5, n)),
+        }
+        with stage("features", root / "features") as (directory, facts):
+            (directory / "training").mkdir()
+            keys = {"mdp_id": [f"m{i // 7}" for i in range(n)], "ordinal": [i % 7 + 1 for i in range(n)]}
+            table = pa.table(keys | {f"state_{name}": values.astype(float) for name, values in columns.items()})
+            pq.write_table(table, directory / "training" / "part.parquet")
+            facts["features"] = list(columns)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPARK_MASTER", "local[2]")
+            identify_features(job(sampleRows=1000), root / "features", root / "out")
+            text = (root / "out" / "spec.json").read_text()
+            patch.setenv("SPARK_MASTER", "local[1]")
+            identify_features(job(sampleRows=1000), root / "features", root / "again")
+        assert (root / "again" / "spec.json").read_text() == text, "the same wherever Spark runs"
+        return NormalizationSpec.model_validate_json(text)
+
+    def test_is_not_taken_for_all_there_is(self, spec: NormalizationSpec) -> None:
+        types = {f.name: f.type for f in spec.features}
+        assert types["flag_with_seven"] == "enum"
+        assert types["share_to_250"] != "probability"
+        assert types["rank"] == "enum"
+        assert types["rank_and_more"] not in ("enum", "binary"), "it has over forty values"
+
+    def test_leaves_no_rare_feature_out(self, spec: NormalizationSpec) -> None:
+        fraud = next(f for f in spec.features if f.name == "fraud")
+        assert fraud.type == "binary"
+        assert (fraud.evidence["minimum"], fraud.evidence["maximum"]) == (0, 1)
+
+
+def test_values_that_a_network_cannot_tell_apart_are_one() -> None:
+    dates = as_seen(np.repeat([20240131.0, 20240132.0, 20240201.0], 50))
+    feature = found(dates)
+    assert feature.values == sorted(set(dates))
+    rows = normalized(feature, np.array([20240131.0, 20240201.0, 5.0]))
+    assert (rows.sum(1) == 1).all()
+    assert (rows >= 0).all()
+
+
+def test_tiny_shares_are_no_probabilities() -> None:
+    for values in (rng().lognormal(np.log(2e-6), 1, N), rng().uniform(1, 5, N) * 3e-6):
+        feature = found(values)
+        assert feature.type != "probability"
+        assert len(np.unique(normalized(feature, values))) > N / 4
+
+
+def test_box_cox_works_in_the_features_own_unit() -> None:
+    values = rng().lognormal(0, 1, N) * 1e-13
+    result = normalized(found(values, "box_cox"), values)
+    assert result.std() == pytest.approx(1, abs=0.1)
+
+
+def test_an_enum_of_too_many_values_is_refused() -> None:
+    with pytest.raises(StageError, match=r"normalization\.overrides\.x: 20,000 distinct values are too many"):
+        found(rng().normal(size=N), "enum")
 
 
 def rng() -> np.random.Generator:
@@ -251,9 +342,3 @@ def test_values_that_only_the_count_over_all_rows_shows_make_no_enum() -> None:
     values = np.tile([1.0, 2.0, 3.0], 100)
     assert identify("x", values, {"distinct": 3.0}, LIMITS).type == "enum"
     assert identify("x", values, {"distinct": 500.0}, LIMITS).type != "enum"
-
-
-def test_a_feature_that_varies_only_outside_the_sample_is_reported() -> None:
-    evidence = {"count": 1e6, "missing": 0.0}
-    assert "normalization.sampleRows" in carries_nothing(np.full(100, 4.0), evidence, 4.0, 5.0, LIMITS, None)
-    assert carries_nothing(np.arange(100.0), evidence, 0.0, 99.0, LIMITS, None) == ""

@@ -17,6 +17,7 @@ from components.timeline.build import (
     Plan,
     add_what_followed,
     all_names,
+    check_names,
     compact,
     in_sample,
     make_plan,
@@ -27,6 +28,7 @@ from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import read_log
 from contracts.decision_log import SCHEMA
 from contracts.job import JobSpec
+from contracts.stage import StageError
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NAN, INFINITY = float("nan"), float("inf")
@@ -390,6 +392,39 @@ def test_of_two_rows_alike_but_for_their_metrics_the_same_one_stays(checked):
     ]
     assert kept[0] == kept[1] == kept[2]
     assert len(kept[0]) == 1
+
+
+def test_of_two_rows_that_miss_different_features_the_same_one_stays(spark, tmp_path):
+    """A hash leaves nulls out: what is missing must count as well."""
+    kept = []
+    for order in ((1, 2), (2, 1)):
+        rows = [{"x": 1.0, "y": None}, {"x": None, "y": 1.0}]
+        table = [decision(state_features=rows[i - 1]) for i in order]
+        log = read_log(spark, write_parquet(tmp_path / f"{order[0]}.parquet", table))
+        numbered, _ = placed(log, spec())
+        [row] = numbered.where(f"{REASON} is null").collect()
+        kept.append(row["row"]["state"])
+    assert kept[0] == kept[1]
+
+
+def test_reported_ends_outweigh_what_the_job_says_of_last_steps(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision("done"), decision("open")]))
+    done = {"mdp_id": "done", "sequence_number": 0, "metrics": {"reward": 1.0}, "ended": True}
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(done) + "\n")
+    frame, _ = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
+    job = spec(data={"lastStep": "truncated"})
+    numbered, plan = placed(frame, job)
+    rows = add_what_followed(numbered, job, plan).orderBy("mdp_id").collect()
+    assert [(row["terminal"], row["truncated"]) for row in rows] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["Age", "age"], "are one column to Spark"), (["a", "a"], "is there twice"), (["a`b"], "a backtick cannot")],
+)
+def test_features_that_cannot_be_columns_are_refused_by_name(names, said):
+    with pytest.raises(StageError, match=said):
+        check_names(names)
 
 
 def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path):

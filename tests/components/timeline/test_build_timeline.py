@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from components.timeline.build import build_timeline
+from components.timeline.build import HEAD_ROWS, build_timeline
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError
 
@@ -94,6 +94,27 @@ def test_the_limit_is_a_share_of_the_rows_that_the_job_uses(tmp_path):
     limits = {"sampleFraction": 0.2, "maxQuarantineFraction": 0.3}
     with pytest.raises(StageError, match="rows were rejected"):
         build_timeline(spec(**limits), write(tmp_path / "log.jsonl", broken), None, tmp_path / "out")
+
+
+def test_names_that_only_a_later_row_has_are_found_all_the_same(tmp_path):
+    """The first rows all have one feature and one metric: the last one has two of each."""
+    late = {"state_features": {"x": 0.5, "rare": 7.0}, "metrics": {"reward": 1.0, "sale": 3.0}}
+    rows = [*(ROWS * 4), ROWS[-1]]
+    rows = [row | {"mdp_id": f"n{i // 20}", "sequence_number": i % 20} for i, row in enumerate(rows)]
+    rows[-1] |= late
+    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    written = pq.read_table(tmp_path / "out" / "transitions").to_pylist()
+    assert len(written) == len(rows) > HEAD_ROWS
+    [found] = [row for row in written if row["state_rare"] is not None]
+    assert (found["state_rare"], dict(found["returns"])) == (7.0, {"reward": 1.0, "sale": 3.0})
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["coverage"]["rare"] == 1 / len(rows)
+
+
+def test_a_log_without_states_or_metrics_is_one_of_keys(tmp_path):
+    rows = [{k: v for k, v in row.items() if k not in ("state_features", "metrics")} for row in ROWS]
+    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    columns = pq.read_table(tmp_path / "out" / "transitions").column_names
+    assert not [name for name in columns if name.startswith("state_")]
 
 
 def test_an_empty_log_is_refused(tmp_path):

@@ -97,6 +97,20 @@ CASES = [
         job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "actionKey": "k"}}),
         job(data={"decisionLog": "l", "features": {"keys": ["k"]}}),
     ),
+    Case(
+        "data.features.actionKey stands for a discrete action's name",
+        job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "actionKey": "k"}}),
+        job(
+            actionSpace="parametric",
+            actions=[],
+            data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "actionKey": "k"}},
+        ),
+    ),
+    Case(
+        "keys must be distinct",
+        job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "keys": ["j", "k"]}}),
+        job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "keys": ["k", "k"]}}),
+    ),
     Case("actions must be distinct", job(actions=["a", "b", "c"]), job(actions=["a", "b", "a"])),
     Case("set either simulation or data.decisionLog", job(simulation=SIMULATION, data={}), job(simulation=SIMULATION)),
     Case("set either simulation or data.decisionLog", job(), job(data={"decisionLog": ""})),
