@@ -1,6 +1,6 @@
 """How long it takes to identify features, next to Spark's `describe` of the same columns.
 
-    python benchmarks/normalization.py --rows 1000000 --features 1000 --repeats 2
+    PYTHONPATH=. python benchmarks/normalization.py --rows 1000000 --features 1000 --repeats 2
 
 The features are of all sorts: normal, log-normal, few integers, 0 or 1, probabilities, mixtures; all miss some values.
 """
@@ -37,9 +37,9 @@ def generate(path: str, rows: int, features: int) -> None:
         return F.when(F.rand(i + 2) < 0.98, value).alias(f"state_x{i}")
 
     with spark_session("generate") as spark:
-        spark.range(0, rows, 1, max(2, rows // 20_000)).select(*map(values, range(features))).write.parquet(
-            f"{path}/training"
-        )
+        keys = [F.col("id").cast("string").alias("mdp_id"), F.lit(1).alias("ordinal")]
+        data = spark.range(0, rows, 1, max(2, rows // 20_000)).select(*keys, *map(values, range(features)))
+        data.write.parquet(f"{path}/training")
     names = [f"x{i}" for i in range(features)]
     (Path(path) / RECORD).write_text(json.dumps({"stage": "features", "features": names}))
 
@@ -48,7 +48,7 @@ def describe(path: str, _: str) -> None:
     from components.spark import spark_session
 
     with spark_session("describe") as spark:
-        spark.read.parquet(f"{path}/training").describe().collect()
+        spark.read.parquet(f"{path}/training").drop("mdp_id", "ordinal").describe().collect()
 
 
 def identify(path: str, output: str) -> None:

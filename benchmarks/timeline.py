@@ -1,5 +1,6 @@
 """How long the timeline takes, next to the bare Spark job that reads, shuffles by MDP, sorts and writes the same rows.
 
+    export PYTHONPATH=.
     python benchmarks/timeline.py --rows 1000000 --features 50 --repeats 3
     python benchmarks/timeline.py --rows 1000000 10000000 --against duckdb polars --python .venv-bench/bin/python
 

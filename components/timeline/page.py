@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from components.page import svg, template
 
-MOST_BARS = 20
+MOST_BARS = 12
 COLUMNS = 3
+COVERAGE = "rows that have the feature"
 
 _TEMPLATE = template("""\
 <table>
@@ -59,7 +60,7 @@ def _figure(report: dict[str, Any]) -> str:
     panels = [("decisions per MDP", report["lengths"])]
     panels += [(f"{name} per decision", found) for name, found in report["metrics"].items()]
     panels.append(("propensity of the action", report["propensities"]))
-    bars = {"rows that have the feature": report["coverage"]}
+    bars = {COVERAGE: report["coverage"]}
     if total := sum(report["actions"].values()):
         bars = {"actions": {name: count / total for name, count in report["actions"].items()}} | bars
     rows = -(-(len(panels) + len(bars)) // COLUMNS)
@@ -77,21 +78,36 @@ def _figure(report: dict[str, Any]) -> str:
 def _histogram(axis: Axes, title: str, found: dict[str, Any]) -> None:
     _plain(axis, title)
     if not found["count"]:
-        axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, fontsize=9)
+        _said(axis, "not logged")
+        return
+    if found["minimum"] == found["maximum"]:
+        _said(axis, f"always {found['mean']:.4g}")
         return
     edges = found["edges"]
-    widths = [right - left or 1.0 for left, right in pairwise(edges)]
-    axis.bar(edges[:-1], found["counts"], widths, align="edge" if len(widths) > 1 else "center", color="#0b6e99")
+    widths = [right - left for left, right in pairwise(edges)]
+    axis.bar(edges[:-1], found["counts"], widths, align="edge", color="#0b6e99")
     axis.axvline(found["mean"], color="#d9730d", linewidth=1)
     axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
+def _said(axis: Axes, text: str) -> None:
+    axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
 def _bars(axis: Axes, title: str, shares: dict[str, float]) -> None:
-    shown = sorted(shares.items(), key=lambda item: -item[1])[:MOST_BARS]
-    more = f" (the first {MOST_BARS})" if len(shares) > MOST_BARS else ""
+    # Of features those that are missing most are worth a look.
+    least_first = title == COVERAGE
+    shown = sorted(shares.items(), key=lambda item: item[1], reverse=not least_first)[:MOST_BARS]
+    which = "least" if least_first else "most"
+    more = f" ({MOST_BARS} of {len(shares)}, {which} first)" if len(shares) > MOST_BARS else ""
     _plain(axis, title + more)
     axis.barh([name for name, _ in shown], [share for _, share in shown], color="#4f9768", height=0.65)
-    axis.set_xlim(0, 1)
+    axis.set_xlim(0, min(1.0, 1.25 * max((share for _, share in shown), default=1.0)))
+    # A bar is no thicker for having few beside it.
+    axis.set_ylim(-0.5, max(len(shown), MOST_BARS / 2) - 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.invert_yaxis()
 
