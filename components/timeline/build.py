@@ -361,16 +361,16 @@ def _metrics_ahead(k: int, broken: Column) -> Column:
 
 def set_aside(used: DataFrame, plan: Plan, path: Path, nothing: bool) -> None:
     """Write the rejected rows whole, each with its reason."""
-    helpers = ("first", LEFT_OUT, "tie", "values", "odd")
-    if nothing:
-        number_steps(_with_tie(used.limit(0), plan), plan).drop(*helpers).write.parquet(str(path))
-        return
     # Only an MDP with a row that is bad, or there twice, need be put in order again.
     rejected = F.max(F.col(REASON).isNotNull()) | (F.count("sequence_number") > F.count_distinct("sequence_number"))
     affected = used.groupBy("mdp_id").agg(rejected.alias("affected")).where("affected")
     theirs = used.alias("used").join(affected.alias("a"), F.expr("used.mdp_id <=> a.mdp_id"), "left_semi")
-    numbered = number_steps(_with_tie(theirs, plan), plan)
-    numbered.where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT)).drop(*helpers).write.parquet(str(path))
+    numbered = number_steps(_with_tie(theirs, plan), plan).where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT))
+    rows = numbered.drop("first", LEFT_OUT, "tie", "values", "odd")
+    if nothing:
+        # Its columns are there, without the work of finding no row.
+        rows = rows.sparkSession.createDataFrame([], rows.schema)
+    rows.write.parquet(str(path))
 
 
 def count_reasons(spark: SparkSession, quarantine: Path) -> tuple[dict[str, int], dict[str, Any]]:

@@ -88,7 +88,7 @@ def test_compile_writes_the_stages_and_what_a_cluster_adds_as_kfp_components(run
 def test_a_stage_is_given_only_what_it_reads(run):
     given = parameters(load_job(EXAMPLE).spec, "log.parquet", "v")
     for stage in STAGES:
-        sections = set(json.loads(given[f"{stage}_job"])) - {"actions", "seed"}
+        sections = set(json.loads(given[f"{stage}_job"])) - {"actionSpace", "actions", "seed"}
         assert sections == {section.partition(".")[0] for section in SECTIONS[stage]}
     assert json.loads(given["understanding_job"])["evaluation"] == {"gate": {"metric": "balanced"}}
 
