@@ -34,7 +34,7 @@ bench: install $(OTHER_ENGINES)/.installed ## Measure timeline and normalization
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats $(or $(REPEATS),3) \
 	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 100000 --repeats 1
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 PROBABILITY_CLAMP = 1e-5
 MOST_CLAMPED = 0.01
 MOST_ENUM_VALUES = 1000
-SAMPLE_VALUES = 50_000_000
+SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
 HASHES = 1_000_000
 LARGEST = 3e38
