@@ -25,7 +25,8 @@ MOST_CLAMPED = 0.01
 MOST_ENUM_VALUES = 1000
 SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
-HASHES = 1_000_000
+HASHES = 10**15
+"""Fine enough for a sample of thousands in billions of rows."""
 LARGEST = 3e38
 """A float32 holds little more."""
 
