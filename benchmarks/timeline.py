@@ -11,6 +11,7 @@ memory, and the ratio of seconds to the bare job of the same turn, as median and
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import Measured, measure
 
@@ -87,7 +89,7 @@ def main() -> None:
     if arguments.measure:
         run(*arguments.measure)
         return
-    everything = []
+    everything: list[dict[str, Any]] = []
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as directory:
             log, output = str(Path(directory) / "log"), str(Path(directory) / "output")
@@ -104,6 +106,7 @@ def main() -> None:
                     found.setdefault(what, []).append(measure(command))
                     remove(output)
         everything += report(rows, arguments.features, arguments.skew, found)
+    report_growth(everything)
     if arguments.json:
         arguments.json.write_text(json.dumps(everything, indent=2))
 
@@ -113,7 +116,7 @@ def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
-def report(rows: int, features: int, skew: float, found: dict[str, list[Measured | None]]) -> list[dict[str, object]]:
+def report(rows: int, features: int, skew: float, found: dict[str, list[Measured | None]]) -> list[dict[str, Any]]:
     """Print and return the figures of one log."""
     print(f"{rows:,} rows x {features} features" + (f", one MDP with {skew:.0%} of the rows" if skew else ""))
     figures = []
@@ -136,6 +139,15 @@ def report(rows: int, features: int, skew: float, found: dict[str, list[Measured
             {"rows": rows, "skew": skew, "what": what, "seconds": seconds, "gibibytes": memory, "ratios": ratios}
         )
     return figures
+
+
+def report_growth(figures: list[dict[str, Any]]) -> None:
+    """Print what each further row takes from one size to the next: start-up, the same for all sizes, is not in it."""
+    for what in dict.fromkeys(figure["what"] for figure in figures):
+        medians = sorted((f["rows"], statistics.median(f["seconds"])) for f in figures if f["what"] == what)
+        for (fewer, shorter), (more, longer) in itertools.pairwise(medians):
+            each = 1e6 * (longer - shorter) / (more - fewer)
+            print(f"  {what:10} {each:6.1f} us for each row from {fewer:,} to {more:,}")
 
 
 if __name__ == "__main__":

@@ -219,18 +219,17 @@ def make_plan(used: DataFrame, spec: JobSpec, names: Names) -> Plan:
 
 
 def compact(used: DataFrame, plan: Plan) -> DataFrame:
-    """The rows with all that only comes along in one struct, `row`, their state in it as an array in the plan's order.
+    """The rows with their state as an array in the plan's order, and all that only comes along in one struct, `row`.
 
-    A third of the bytes to move and to sort, and one field to copy. `unknown` tells of names that are not in the plan.
+    A third of the bytes to move and to sort, and two fields to copy. `unknown` tells of names that are not in the plan.
     """
     rows = _with_tie(used, plan)
     named = state.has_others("odd", plan.features) | state.has_others("metrics", plan.metrics)
-    array = state.as_array("values", "odd", plan.features)
     brought = [F.col(f"`{name}`") for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
     return rows.select(
-        *[name for name in (*_PLACE, "tie") if name in rows.columns],
+        *[name for name in (*_PLACE, "tie", "state") if name in rows.columns],
         named.alias("unknown"),
-        F.struct(*brought, array.alias("state")).alias("row"),
+        F.struct(*brought).alias("row"),
     )
 
 
@@ -239,25 +238,27 @@ _NOTES = (CORRUPT, UNREADABLE)
 
 
 def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
-    """Add a hash of the row, so that of two at the same step and instant the same one stays whenever it is asked.
+    """Add `state`, an array, and `tie`, a hash of all else, which order rows at the same step and instant.
 
-    `values` and `odd` are the state in the usual order of its names, or as it is.
+    So the same one of them stays whenever it is asked. `odd` is a state without the usual order of its names.
     """
     values, odd = state.in_usual_order("state_features", plan.features)
     rows = used.withColumns({"values": values, "odd": odd})
     hashed: list[Column] = []
-    for name, kind in rows.dtypes:
+    # To look at the map once more would be to copy it.
+    others = [(name, kind) for name, kind in used.dtypes if name != "state_features"]
+    for name, kind in others:
         column = F.col(f"`{name}`")
         if kind.startswith("map"):
-            if name != "state_features":
-                hashed += [F.map_keys(column), *_with_nulls(F.map_values(column))]
+            hashed += [F.map_keys(column), *_with_nulls(F.map_values(column))]
         elif kind == "array<double>":
             hashed += _with_nulls(column)
         else:
             hashed.append(F.to_json(column) if kind.startswith("array<map") else column)
     # A null is hashed as if it were not there.
-    nulls = F.array(*[F.col(f"`{name}`").isNull() for name in rows.columns])
-    return rows.withColumn("tie", F.xxhash64(*hashed, nulls))
+    nulls = F.array(*[F.col(f"`{name}`").isNull() for name, _ in others])
+    array = state.as_array("values", "odd", plan.features)
+    return rows.withColumns({"tie": F.xxhash64(*hashed, nulls), "state": array}).drop("values")
 
 
 def _with_nulls(values: Column) -> list[Column]:
@@ -268,16 +269,17 @@ def _with_nulls(values: Column) -> list[Column]:
 
 
 def number_steps(rows: DataFrame, plan: Plan) -> DataFrame:
-    """Every row with its place: `first` of its step or not, `left_out` by a limit or not.
+    """Every row with its place: `step` (0 for the last of its MDP), `first` of it or not, `left_out` by a limit or not.
 
     Of rows with the same (mdp_id, sequence_number) the earliest good one stays, other good ones are duplicates.
     """
-    # All that follows goes backwards in time, so that rows are sorted for it once.
     rows = rows.withColumn("bad", F.col(REASON).isNotNull())
-    order = Window.partitionBy("mdp_id").orderBy(F.desc("sequence_number"), "bad", "event_time", "tie")
+    # All that follows goes backwards in time, and takes the rows of a step in the order that they are put in here.
+    order: list[str | Column] = ["mdp_id", F.desc("sequence_number"), "bad", "event_time", "tie", "state"]
+    rows = rows.repartition("mdp_id").sortWithinPartitions(*order)
     has_place = F.col("mdp_id").isNotNull() & (F.col("mdp_id") != "") & F.col("sequence_number").isNotNull()
-    same = F.lag("sequence_number").over(order).eqNullSafe(F.col("sequence_number"))
-    rows = rows.withColumn("first", has_place & ~same)
+    same = F.lag("sequence_number").over(backwards()).eqNullSafe(F.col("sequence_number"))
+    rows = rows.withColumns({"first": has_place & ~same, "step": F.dense_rank().over(backwards()) - 1})
     duplicate = ~F.col("bad") & ~F.col("first")
     rows = rows.withColumn(REASON, F.when(duplicate, F.lit(DUPLICATE)).otherwise(F.col(REASON)))
     out = F.lit(False)
@@ -295,16 +297,14 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
     rows = numbered.where(F.col("first") & ~F.col(LEFT_OUT)).withColumn("_good", F.col(REASON).isNull())
     moved = ["sequence_number", "event_time", "row.action", "row.possible_actions", "_good"]
     if spec.data.full_rows:
-        moved.append("row.state")
-    # `step` is 0 for the last of an MDP.
-    rows = rows.withColumns(
-        {"step": F.row_number().over(backwards()) - 1, "_next": F.lag(F.struct(*moved)).over(backwards())}
-    )
+        moved.append("state")
+    whole = backwards().rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    along = {"_steps": F.count(F.lit(1)).over(whole), "_next": F.lag(F.struct(*moved)).over(backwards())}
     interval = spec.reward.discount_interval
     latest = F.max("sequence_number").over(so_far())
     elapsed = (latest - F.col("sequence_number")) / interval if interval else F.col("step").cast("double")
     logged = {name: F.when(F.col("_good"), F.col("row.metrics")[name]) for name in plan.metrics}
-    rows = add_returns(rows, logged, spec.reward.discount, elapsed, plan.elapsed)
+    rows = add_returns(rows, logged, spec.reward.discount, elapsed, plan.elapsed, along)
     last = F.col("_next").isNull()
     before_hole = ~last & ~F.col("_next._good")
     # Where ends are reported, an MDP without one is still under way.
@@ -326,14 +326,11 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
     known = ~F.col("_truncated")
     before_its_time = ~before_hole & (F.col("_next.event_time") < F.col("event_time"))
     rows = rows.withColumn("before_its_time", F.coalesce(before_its_time, F.lit(False)))
-    # Forwards, as they are written, an MDP's first row tells how many there are.
-    forwards = Window.partitionBy("mdp_id").orderBy("sequence_number").rowsBetween(Window.unboundedPreceding, 0)
-    rows = rows.withColumn("_first_step", F.first("step").over(forwards))
-    brought = [name for name in rows.select("row.*").columns if name not in ("state", "truncated")]
+    brought = [name for name in rows.select("row.*").columns if name != "truncated"]
     columns = {
         **{name: F.col(name) for name in ("mdp_id", "sequence_number", "event_time")},
         **{name: F.col(f"row.`{name}`") for name in brought},
-        "ordinal": (F.col("_first_step") - F.col("step") + 1).cast("int"),
+        "ordinal": (F.col("_steps") - F.col("step")).cast("int"),
         "time_diff": F.when(known, F.col("_next.sequence_number") - F.col("sequence_number")),
         "next_action": F.when(known, F.col("_next.action")),
         "possible_next_actions": F.when(known, F.col("_next.possible_actions")),
@@ -342,7 +339,7 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
         **{name: F.col(name) for name in rows.columns if name.startswith(("returns", "reward_timeline"))},
         "before_its_time": F.col("before_its_time"),
     }
-    states = state.columns(F.col("row.state"), plan.features, STATE_PREFIX)
+    states = state.columns(F.col("state"), plan.features, STATE_PREFIX)
     if spec.data.full_rows:
         states += state.columns(F.when(known, F.col("_next.state")), plan.features, NEXT_STATE_PREFIX)
     in_order = rows.where("_good").sortWithinPartitions("mdp_id", "sequence_number")
@@ -366,7 +363,7 @@ def set_aside(used: DataFrame, plan: Plan, path: Path, nothing: bool) -> None:
     affected = used.groupBy("mdp_id").agg(rejected.alias("affected")).where("affected")
     theirs = used.alias("used").join(affected.alias("a"), F.expr("used.mdp_id <=> a.mdp_id"), "left_semi")
     numbered = number_steps(_with_tie(theirs, plan), plan).where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT))
-    rows = numbered.drop("first", LEFT_OUT, "tie", "values", "odd")
+    rows = numbered.drop("first", "step", LEFT_OUT, "tie", "state", "odd")
     if nothing:
         # Its columns are there, without the work of finding no row.
         rows = rows.sparkSession.createDataFrame([], rows.schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pyspark.sql import Column, DataFrame
@@ -10,7 +11,7 @@ from pyspark.sql import functions as F
 from contracts.transitions import STATE_PREFIX
 
 BINS = 30
-SAMPLE_ROWS = 1_000_000
+SAMPLE_ROWS = 250_000
 SKEW = 0.02
 """Of all rows in one MDP, and more than `MANY_TIMES` the mean: worth a warning."""
 MANY_TIMES = 20
@@ -35,30 +36,32 @@ def describe(transitions: DataFrame, rows: int, features: list[str], metrics: li
         )
         .cache()
     )
-    totals = mdps.agg(F.sum("over_days"), F.max(F.struct("length", "mdp_id")), F.sum("truncated"), F.sum("terminal"))
-    over_days, largest, truncated, terminal = totals.collect()[0]
+    largest_of = F.max(F.struct("length", "mdp_id"))
+    over_all = [F.count("*"), F.sum("over_days"), largest_of, F.sum("truncated"), F.sum("terminal")]
+    of_mdps, _, (count, over_days, largest, truncated, terminal) = distributions(
+        mdps, {"length": F.col("length")}, also=over_all
+    )
     sample = transitions
     if rows > SAMPLE_ROWS:
         files = sorted(transitions.inputFiles())
         sample = transitions.sparkSession.read.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
-    described = sample.count()
-    if not described:
-        sample, described = transitions, rows
+        if sample.isEmpty():
+            sample = transitions
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}
-    counts = [F.count(F.col(f"`{STATE_PREFIX}{name}`")) for name in features]
-    counted = sample.agg(*counts).collect()[0] if features else []
+    counts = [F.count("*"), *[F.count(F.col(f"`{STATE_PREFIX}{name}`")) for name in features]]
     named = {"action": F.col("action")} if dict(transitions.dtypes)["action"] == "string" else {}
-    found, categories = distributions(sample, values | {"propensity": F.col("action_probability")}, named)
+    propensity = {"propensity": F.col("action_probability")}
+    found, categories, (described, *counted) = distributions(sample, values | propensity, named, also=counts)
     return {
         "described": described,
         "truncated": truncated,
         "terminal": terminal,
         "mdps_over_days": over_days,
         "largest_mdp": {"mdp_id": largest["mdp_id"], "rows": int(largest["length"])},
-        "warnings": warnings(largest, rows, mdps.count()),
+        "warnings": warnings(largest, rows, count),
         "actions": dict(sorted(categories.get("action", {}).items())),
         "coverage": {name: count / described for name, count in zip(features, counted, strict=True)},
-        "lengths": distributions(mdps, {"length": F.col("length")})[0]["length"],
+        "lengths": of_mdps["length"],
         "metrics": {name: found[f"metric {name}"] for name in metrics},
         "propensities": found["propensity"],
     }
@@ -75,14 +78,15 @@ def warnings(largest: Any, rows: int, mdps: int) -> list[str]:
 
 
 def distributions(
-    frame: DataFrame, numbers: dict[str, Column], names: dict[str, Column] | None = None
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    frame: DataFrame, numbers: dict[str, Column], names: dict[str, Column] | None = None, also: Sequence[Column] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]], list[Any]]:
     """The histogram of each column of numbers over the rows that have it, and how often each of the names occurs.
 
-    Two passes, whatever the number of columns.
+    Two passes, whatever the number of columns; what is asked `also` of all rows comes with the first.
     """
     parts = [part for value in numbers.values() for part in (F.count(value), F.avg(value), F.min(value), F.max(value))]
-    ends = list(frame.agg(*parts).collect()[0])
+    seen = list(frame.agg(*also, *parts).collect()[0])
+    asked, ends = seen[: len(also)], seen[len(also) :]
     histograms: dict[str, dict[str, Any]] = {}
     places = dict(names or {})
     for name, value in numbers.items():
@@ -101,4 +105,4 @@ def distributions(
             histograms[of]["counts"][int(place)] = count
         elif of not in histograms:
             occurs.setdefault(of, {})[place] = count
-    return histograms, occurs
+    return histograms, occurs, asked

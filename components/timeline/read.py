@@ -30,7 +30,7 @@ REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
 OURS = (
     "ordinal", "time_diff", "next_action", "possible_next_actions", "terminal", "returns", "reward_timeline",
-    "before_its_time", "values", "odd", "tie", "unknown", "row", "state", "first", "bad", "steps", "left_out",
+    "before_its_time", "values", "odd", "tie", "unknown", "row", "state", "first", "bad", "step", "steps", "left_out",
 )  # fmt: skip
 OUR_PREFIXES = (STATE_PREFIX, NEXT_STATE_PREFIX, ACTION_PREFIX, "returns_", "quarantine_", "_")
 """Names that the stage gives to columns, so that a join key of the log cannot have them."""

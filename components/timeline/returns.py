@@ -22,30 +22,37 @@ def so_far(*within: str) -> WindowSpec:
 
 
 def add_returns(
-    rows: DataFrame, logged: dict[str, Column], discount: float, elapsed: Column, longest: float
+    rows: DataFrame,
+    logged: dict[str, Column],
+    discount: float,
+    elapsed: Column,
+    longest: float,
+    along: dict[str, Column],
 ) -> DataFrame:
     """Add `returns`: per metric the sum over k >= t of discount^(elapsed_t - elapsed_k) m_k, to the MDP's last row.
 
     `logged` is each metric of a row, null for nothing. `elapsed` is what lies between a row and its MDP's end, in units
-    of the discount, and `longest` the most of it. `_elapsed` is left for `add_returns_over`: the same in powers of e.
+    of the discount, and `longest` the most of it. Columns taken `along` cost no pass of their own. `_elapsed` is left
+    for `add_returns_over`: the same in powers of e.
     """
     metrics, values = list(logged), [F.coalesce(value, F.lit(0.0)) for value in logged.values()]
     rate = -math.log(discount) if discount else 0.0
     rows = rows.withColumn("_elapsed", elapsed * rate)
     if not discount:
-        return rows.withColumn("returns", _by_name(metrics, values))
+        return rows.withColumns(along | {"returns": _by_name(metrics, values)})
     if longest * rate <= LARGEST_EXPONENT:
         # In units of the MDP's last row: going backwards the weight only grows, and what lies far ahead fades.
         weight = F.exp("_elapsed")
         sums = [F.sum(value * weight).over(so_far()) / weight for value in values]
-        return rows.withColumn("returns", _by_name(metrics, sums))
+        return rows.withColumns(along | {"returns": _by_name(metrics, sums)})
     # Over more than that no double holds the weights: sum within blocks, and add to each row what the block after its
     # own came to. What comes later still is worth nothing.
     block = F.floor(F.col("_elapsed") / LARGEST_EXPONENT)
     weight = F.exp(F.col("_elapsed") - F.col("_block") * LARGEST_EXPONENT)
     rows = rows.withColumn("_block", block)
     rows = rows.withColumns(
-        {
+        along
+        | {
             "_inside": F.array(*[F.sum(value * weight).over(so_far("_block")) / weight for value in values]),
             "_block_ends": F.lead("_block").over(backwards()) != F.col("_block"),
         }

@@ -77,7 +77,7 @@ def test_one_mdp_that_holds_far_too_many_rows_is_warned_of():
 
 def test_a_histogram_holds_every_value_once(spark):
     frame = spark.range(1001).selectExpr("cast(id as double) as x", "7.0D as same", "cast(null as double) as none")
-    found, _ = distributions(frame, {name: frame[name] for name in frame.columns})
+    found, *_ = distributions(frame, {name: frame[name] for name in frame.columns})
     assert sum(found["x"]["counts"]) == 1001 == found["x"]["count"]
     assert (len(found["x"]["counts"]), len(found["x"]["edges"])) == (BINS, BINS + 1)
     assert max(found["x"]["counts"]) - min(found["x"]["counts"]) <= 1
