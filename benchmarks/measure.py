@@ -37,7 +37,7 @@ def measure(command: list[str]) -> Measured | None:
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process and its children; memory that they share is counted for each."""
+    """Bytes in memory of a process and its children; of what they share, each counts its part."""
     total = 0
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -45,7 +45,7 @@ def resident(pid: int) -> int:
         return 0
     for each in family:
         try:
-            total += each.memory_info().rss
+            total += each.memory_full_info().pss
         except psutil.NoSuchProcess:
             continue
     return total

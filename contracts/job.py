@@ -273,24 +273,108 @@ class Understanding(Model):
     )
 
 
-class DQN(Model):
-    """Deep Q-learning on a log (Mnih et al. 2015), double (van Hasselt et al. 2016), dueling (Wang et al. 2016)."""
+class Learner(Model):
+    """What all algorithms have: a network, and the optimizer that trains it."""
+
+    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        [128, 128], min_length=1, max_length=16, description="Units of each hidden layer."
+    )
+    learning_rate: Positive = Field(1e-3, description="Adam's.")
+
+
+class QLearning(Learner):
+    """What all learners of action values have."""
 
     double: bool = Field(
         True, description="Let the online network choose the next action, the target network value it."
     )
     dueling: bool = Field(True, description="Learn the state's value apart from the actions' advantages.")
-    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
-        [128, 128], min_length=1, max_length=16, description="Units of each hidden layer."
+    noisy: bool = Field(False, description="Noise on the weights, learned with them, in place of chance in actions.")
+    next_action: Literal["best", "logged"] = Field(
+        "best", description="Whose value a target adds: that of the best possible action, or of the logged one (SARSA)."
     )
-    learning_rate: Positive = Field(1e-3, description="Adam's.")
+    steps: int = Field(
+        1, ge=1, le=1000, description="Logged rewards that a target sums before it adds a value (multi-step learning)."
+    )
     target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
+
+
+class DQN(QLearning):
+    """Deep Q-learning (Mnih et al. 2015), double (van Hasselt et al. 2016), dueling (Wang et al. 2016)."""
+
+
+class C51(QLearning):
+    """The distribution of returns over fixed atoms (Bellemare et al. 2017, arXiv 1707.06887)."""
+
+    atoms: int = Field(51, ge=2, le=1001, description="Returns that a distribution is over, equally far apart.")
+    lowest_return: float = Field(description="The first atom: no discounted return should be lower.")
+    highest_return: float = Field(description="The last atom: no discounted return should be higher.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> C51:
+        if self.lowest_return >= self.highest_return:
+            raise ValueError(f"lowestReturn {self.lowest_return} must be below highestReturn {self.highest_return}")
+        return self
+
+
+class QRDQN(QLearning):
+    """Quantiles of the distribution of returns (Dabney et al. 2018, arXiv 1710.10044)."""
+
+    quantiles: int = Field(51, ge=1, le=1001, description="Quantiles, equally far apart.")
+
+
+class CQL(QLearning):
+    """Conservative Q-learning (Kumar et al. 2020, arXiv 2006.04779): actions that the log lacks are held down."""
+
+    alpha: float = Field(1.0, ge=0, description="Weight of what holds values down, against the temporal difference.")
+
+
+class BCQ(QLearning):
+    """Batch-constrained Q-learning (Fujimoto et al. 2019, arXiv 1910.01708): only actions that the log would take."""
+
+    threshold: float = Field(
+        0.3, ge=0, le=1, description="An action counts where it is at least this likely, relative to the likeliest."
+    )
+
+
+class BehaviourCloning(Learner):
+    """The logged policy itself, learned: the baseline to beat."""
 
 
 class Algorithm(Model):
     """The learning algorithm: exactly one."""
 
-    dqn: DQN = Field(DQN(), description="Deep Q-learning.")
+    dqn: DQN | None = Field(None, description="Deep Q-learning.")
+    c51: C51 | None = Field(None, description="Distributional, over fixed atoms.")
+    qr_dqn: QRDQN | None = Field(None, description="Distributional, by quantiles.")
+    cql: CQL | None = Field(None, description="Conservative Q-learning.")
+    bcq: BCQ | None = Field(None, description="Batch-constrained Q-learning.")
+    behaviour_cloning: BehaviourCloning | None = Field(None, description="The logged policy, learned.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        if isinstance(given, dict) and all(value is None for value in given.values()):
+            return given | {"dqn": DQN()}
+        return given
+
+    @model_validator(mode="after")
+    def _one(self) -> Algorithm:
+        given = [to_camel(name) for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one: found {' and '.join(given)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Of the field that is set."""
+        return next(to_camel(name) for name, value in self if value is not None)
+
+    @property
+    def config(self) -> Learner:
+        """What that field says."""
+        config: Learner = next(value for _, value in self if value is not None)
+        return config
 
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
@@ -345,7 +429,9 @@ class Training(Model):
         None, ge=1, description="Optimizer steps per epoch; one pass over the data when left out."
     )
     batch_size: int = Field(512, ge=1, description="Transitions per optimizer step, over all workers together.")
-
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of hidden layers in training; bfloat16 is faster for wide layers and large batches."
+    )
     scheduler: Literal["kubernetes_indexed_job", "kubernetes"] = Field(
         "kubernetes_indexed_job",
         description="TorchX scheduler for several workers in a cluster: plain Indexed Jobs, or `kubernetes`, which "

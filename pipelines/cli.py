@@ -291,6 +291,25 @@ def simulate(run: Run, episodes: int | None, clients: int) -> None:
         raise ServiceError(traffic.last_error)
 
 
+@main.command("reproduce", epilog="\b\nExample:\n  bluewhale reproduce --log mixed --seeds 10 > results.md")
+@click.option("--log", "logs", multiple=True, help="Only this log; may be given again.  [default: all]")
+@click.option("--algorithm", "algorithms", multiple=True, help="Only this algorithm; may be given again.")
+@click.option("--seeds", type=click.IntRange(min=2), default=10, show_default=True, help="Seeds of each row.")
+@_as_json
+def reproduce(logs: tuple[str, ...], algorithms: tuple[str, ...], seeds: int, as_json: bool) -> None:
+    """Train every algorithm on logs of CartPole-v1 and print what the learned policies earn, as Markdown."""
+    from simulation import studies
+
+    for chosen, known, option in ((logs, studies.LOGS, "--log"), (algorithms, studies.ALGORITHMS, "--algorithm")):
+        if unknown := [name for name in chosen if name not in known]:
+            raise click.BadParameter(f"{unknown[0]}: there are {', '.join(known)}", param_hint=option)
+    with Display(console) as display:
+        display.start("reproduce")
+        progress.listener = lambda done, total, text: display.progress("reproduce", done, total, text)
+        results = studies.reproduce(list(logs or studies.LOGS), list(algorithms or studies.ALGORITHMS), range(seeds))
+    click.echo(json.dumps([vars(result) for result in results], indent=2) if as_json else studies.table(results))
+
+
 @_job_command("rollout")
 def rollout(run: Run) -> None:
     """Move the running service's traffic to the exported policy in steps, each on evidence, or roll it back."""

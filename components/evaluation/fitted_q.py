@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
 from components.training.network import QNetwork
 from components.transitions import Transitions
@@ -30,7 +31,10 @@ class FittedQ:
     def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: np.ndarray, seed: int) -> None:
         torch.manual_seed(seed)
         metrics = len(data.metric_names)
-        self.network = QNetwork(normalization, len(data.actions), [128, 128], outputs=metrics, layer_norm=True)
+        self.normalization = NormalizationGraph(normalization)
+        self.network = QNetwork(
+            self.normalization.outputs, len(data.actions), [128, 128], outputs=metrics, layer_norm=True
+        )
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
@@ -39,7 +43,7 @@ class FittedQ:
         self.looks_ahead = bool(ahead.any())
         usable = ~data.truncated if self.looks_ahead else np.ones(len(data), bool)
         self.rows = torch.from_numpy(np.flatnonzero(usable))
-        self.state = torch.from_numpy(data.state)
+        self.state = self.normalization(torch.from_numpy(data.state))
         self.action = torch.from_numpy(data.action)
         self.metrics = torch.from_numpy(data.metrics)
         self.next_row = torch.from_numpy(data.next_row)
@@ -79,4 +83,4 @@ class FittedQ:
     def predict(self, state: np.ndarray) -> np.ndarray:
         """Action values per metric, float64 [N, A, M]."""
         with torch.no_grad():
-            return np.asarray((self.network(torch.from_numpy(state)) * self.scale).double().numpy())
+            return np.asarray((self.network(self.normalization(torch.from_numpy(state))) * self.scale).double().numpy())

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from components.normalization.spec import NormalizationSpec
-from components.training.network import QNetwork
-from contracts.job import DQN
+from components.training.learners import build_network
+from contracts.job import Algorithm
 from contracts.stage import StageError
 
 WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
@@ -24,7 +24,7 @@ WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
 
 @dataclass(frozen=True)
 class Bundle:
-    network: QNetwork
+    network: nn.Module  # raw features [B, F] -> a score for each action [B, A]
     normalization: NormalizationSpec
     actions: list[str]
     temperature: float
@@ -32,14 +32,10 @@ class Bundle:
     digest: str
 
 
-def build_network(algorithm: DQN, normalization: NormalizationSpec, actions: int) -> QNetwork:
-    return QNetwork(normalization, actions, algorithm.hidden_layers, algorithm.dueling)
-
-
 def write_bundle(
     directory: Path,
     network: nn.Module,
-    algorithm: DQN,
+    algorithm: Algorithm,
     normalization: NormalizationSpec,
     actions: list[str],
     temperature: float,
@@ -55,8 +51,8 @@ def write_bundle(
         state = optimizer.state_dict()["state"]
         save_file({f"{names[i]}.{k}": v for i, s in state.items() for k, v in s.items()}, directory / OPTIMIZER)
     description: dict[str, Any] = {
-        "version": 1,
-        "algorithm": algorithm.model_dump(by_alias=True),
+        "version": 2,
+        "algorithm": {algorithm.name: algorithm.config.model_dump(by_alias=True)},
         "actions": actions,
         "temperature": temperature,
     }
@@ -89,7 +85,8 @@ def read_bundle(directory: str | Path) -> Bundle:
     if _policy_digest(directory, description) != description["digest"]:
         raise StageError(f"{directory}: not the weights and settings that the bundle was written with; train again")
     normalization = NormalizationSpec.read(directory / NORMALIZATION)
-    network = build_network(DQN(**description["algorithm"]), normalization, len(description["actions"]))
+    algorithm = Algorithm.model_validate(description["algorithm"])
+    network = build_network(algorithm, normalization, len(description["actions"]))
     try:
         network.load_state_dict(load_file(directory / WEIGHTS))
     except RuntimeError as error:

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
-from components.normalization.spec import NormalizationSpec
+
+
+class NoisyLinear(nn.Linear):
+    """A linear layer with noise on its weights, whose size is learned (Fortunato et al. 2018, arXiv 1706.10295).
+
+    The noise is factorised Gaussian (equation 11), drawn anew in each forward pass of training; there is none at
+    evaluation.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight_noise = nn.Parameter(torch.full((outputs, inputs), 0.5 / inputs))
+        self.bias_noise = nn.Parameter(torch.full((outputs,), 0.5 / inputs**0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        before, after = (self._noise(size, x) for size in (self.in_features, self.out_features))
+        weight = self.weight + self.weight_noise * torch.outer(after, before)
+        return nn.functional.linear(x, weight, self.bias + self.bias_noise * after)
+
+    @staticmethod
+    def _noise(size: int, like: Tensor) -> Tensor:
+        drawn = torch.randn(size, device=like.device)
+        return drawn.sign() * drawn.abs().sqrt()
+
+
+class Normalized(nn.Module):
+    """A network behind the normalization of its features: raw features in. What is normalized is never learned."""
+
+    def __init__(self, normalization: NormalizationGraph, network: nn.Module) -> None:
+        super().__init__()
+        self.normalization, self.network = normalization, network
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """float32 [batch, features], NaN = missing -> what the network makes of them."""
+        found: Tensor = self.network(self.normalization(raw))
+        return found
 
 
 class QNetwork(nn.Module):
-    """Q-values from raw features: normalization, fully connected layers, then one head, or two when dueling.
+    """Q-values from normalized features: fully connected layers, then one head, or two when dueling.
 
     The dueling heads combine as Q = V + A - mean(A) (Wang et al. 2016, arXiv 1511.06581, equation 9).
     With `outputs`, each action has a vector of that many values.
@@ -20,33 +59,91 @@ class QNetwork(nn.Module):
 
     def __init__(
         self,
-        normalization: NormalizationSpec,
+        inputs: int,
         actions: int,
         hidden_layers: list[int],
         dueling: bool = False,
         outputs: int | None = None,
         layer_norm: bool = False,
+        noisy: bool = False,
     ) -> None:
         super().__init__()
-        if dueling and outputs:
-            raise ValueError("a dueling network has one output per action")
-        self.normalization = NormalizationGraph(normalization)
-        widths = [self.normalization.outputs, *hidden_layers]
+        linear = NoisyLinear if noisy else nn.Linear
+        widths = [inputs, *hidden_layers]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU()]
+            layers += [linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.advantage = nn.Linear(widths[-1], actions * (outputs or 1))
-        self.value = nn.Linear(widths[-1], 1) if dueling else None
-        self.shape = (actions, outputs) if outputs else (actions,)
+        self.advantage = linear(widths[-1], actions * (outputs or 1))
+        self.value = linear(widths[-1], outputs or 1) if dueling else None
+        self.reduced = False
+        """Whether the hidden layers are computed in bfloat16, as training may."""
+        self.shape: tuple[int, ...] = (actions, outputs) if outputs else (actions,)
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """float32 [batch, features], NaN = missing -> float32 [batch, actions] or [batch, actions, outputs]."""
-        hidden = self.body(self.normalization(raw))
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [batch, inputs] -> float32 [batch, actions] or [batch, actions, outputs]."""
+        with torch.autocast(x.device.type, torch.bfloat16) if self.reduced else nullcontext():
+            hidden = self.body(x)
+        # The heads stay in float32: of a value of 100, bfloat16 keeps no tenth.
+        hidden = hidden.float()
         scores: Tensor = self.advantage(hidden).view(-1, *self.shape)
         if self.value is not None:
-            scores = self.value(hidden) + scores - scores.mean(1, keepdim=True)
+            value = self.value(hidden).view(-1, 1, *self.shape[1:])
+            scores = value + scores - scores.mean(1, keepdim=True)
         return scores
+
+
+class CategoricalNetwork(nn.Module):
+    """Expected returns from a distribution over fixed atoms (Bellemare et al. 2017, arXiv 1707.06887)."""
+
+    def __init__(self, logits: QNetwork, lowest: float, highest: float) -> None:
+        super().__init__()
+        self.logits = logits
+        """[batch, inputs] -> [batch, actions, atoms]."""
+        self.register_buffer("atoms", torch.linspace(lowest, highest, logits.shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expected(self.logits(x))
+
+    def expected(self, logits: Tensor) -> Tensor:
+        """[..., atoms] -> [...]."""
+        return (torch.softmax(logits, -1) * self.get_buffer("atoms")).sum(-1)
+
+
+class QuantileNetwork(nn.Module):
+    """Expected returns from quantiles of their distribution (Dabney et al. 2018, arXiv 1710.10044)."""
+
+    def __init__(self, quantiles: QNetwork) -> None:
+        super().__init__()
+        self.quantiles = quantiles
+        """[batch, inputs] -> [batch, actions, quantiles]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.quantiles(x).mean(2)
+        return found
+
+
+class ConstrainedNetwork(nn.Module):
+    """Q-values of the actions that the log would take, and `NEVER` for the others.
+
+    Those whose probability, by a model of the logged policy, is at least `threshold` times that of the likeliest
+    (Fujimoto et al. 2019, arXiv 1910.01708, equation 19).
+    """
+
+    def __init__(self, values: QNetwork, imitation: QNetwork, threshold: float) -> None:
+        super().__init__()
+        self.values, self.imitation = values, imitation
+        self.floor = math.log(threshold) if threshold else -math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.constrained(self.values(x), self.imitation(x))
+
+    def constrained(self, values: Tensor, logits: Tensor) -> Tensor:
+        return torch.where(logits - logits.amax(1, keepdim=True) >= self.floor, values, NEVER)
+
+
+NEVER = -1e29
+"""Score of an action that is not to be taken: finite, of probability 0, and above that of an impossible one."""
 
 
 class LogisticPolicy(nn.Module):

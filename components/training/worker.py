@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,36 +11,55 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from components.normalization.spec import NormalizationSpec
-from components.training.bundle import build_network, read_bundle, write_bundle
-from components.training.dqn import Batch, DQNTrainer
-from components.training.network import QNetwork
-from components.transitions import load_transitions
-from contracts.job import JobSpec
+from components.training.batches import permuted_batches
+from components.training.bundle import read_bundle, write_bundle
+from components.training.learners import build_learner, build_network
+from components.training.store import build_store
+from components.training.trainer import Trainer
+from components.transitions import Transitions, load_transitions
+from contracts.job import JobSpec, Learner, QLearning
 from contracts.progress import report
 from contracts.stage import StageError, code_version, digest_files
 
 LOG_EVERY = 50
 CHECKPOINT = "checkpoint.pt"
+RUNAWAY = 3.0
+"""Times what rewards can sum to: values beyond it are not late, but wrong."""
 
 
-def permuted_batches(rows: np.ndarray, batch_size: int, steps: int, seed: int, rank: int, workers: int) -> np.ndarray:
-    """This worker's share of every global batch, int64 [steps, about batch_size / workers].
+def check_fits(data: Transitions, algorithm: Learner) -> None:
+    """Raise `StageError` for a log that the algorithm cannot learn from."""
+    taken = np.bincount(data.action, minlength=len(data.actions))
+    if (taken > 0).sum() == 1:
+        only = data.actions[int(taken.argmax())]
+        raise StageError(
+            f"actions: the log takes only {only!r} of {', '.join(data.actions)}: nothing tells what another would "
+            "have brought; log some exploration"
+        )
+    if isinstance(algorithm, QLearning) and not (~data.truncated).any():
+        raise StageError(
+            "training: no transition is left, for what followed is not known of any; see data.lastStep and the "
+            "timeline's report"
+        )
 
-    All workers draw the same seeded permutations of the rows, one after another, and cut each global batch alike: in
-    a pass no row is seen twice and none is left out.
-    """
-    generator = np.random.default_rng(seed)
-    passes = -(-steps * batch_size // len(rows))
-    stream = np.concatenate([generator.permutation(rows) for _ in range(passes)])[: steps * batch_size]
-    first, end = (batch_size * r // workers for r in (rank, rank + 1))
-    return stream.reshape(steps, batch_size)[:, first:end]
+
+def check_converges(score: float, loss: float, most: float, step: int) -> None:
+    """Raise `StageError` when the values have left all that the log's rewards could sum to, which `most` is."""
+    if math.isfinite(loss) and abs(score) <= RUNAWAY * most:
+        return
+    raise StageError(
+        f"training diverges: at step {step:,} the mean value of the logged actions is {score:.3g} and the loss "
+        f"{loss:.3g}, while the log's rewards can sum to {most:.3g} at most. Values feed on themselves where the log "
+        "has few of the actions that they make look best: lower learningRate or targetUpdateRate, keep double, or "
+        "choose cql or bcq"
+    )
 
 
 def whole_batch_gradients(share: float, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -75,7 +95,7 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def start_from(directory: str, network: QNetwork, normalization: NormalizationSpec, actions: list[str]) -> str | None:
+def start_from(directory: str, network: nn.Module, normalization: NormalizationSpec, actions: list[str]) -> str | None:
     """Give the network a bundle's weights and return that policy's digest; None, said aloud, where they do not fit."""
     try:
         bundle = read_bundle(directory)
@@ -110,25 +130,24 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     torch.manual_seed(spec.seed)
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
     data, _ = load_transitions(features, spec).split(spec)
-    usable = np.flatnonzero(~data.truncated)
+    algorithm = spec.algorithm
+    check_fits(data, algorithm.config)
+    most = _most(data, spec) if isinstance(algorithm.config, QLearning) else math.inf
+    monte_carlo = torch.from_numpy(data.returns @ data.weight_vector(spec.reward.metric_weights))
+    network = build_network(algorithm, normalization, len(spec.actions))
+    looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
+    store = build_store(data, network.normalization, spec.reward, looks_ahead)
+    usable = store.usable
     if len(usable) < spec.training.batch_size:
         raise StageError(
             f"training.batchSize {spec.training.batch_size}: only {len(usable)} transitions to learn from; "
             "lower it or log more"
         )
-    state = torch.from_numpy(data.state)
-    action = torch.from_numpy(data.action)
-    reward = torch.from_numpy(data.reward(spec.reward.metric_weights))
-    monte_carlo = torch.from_numpy(data.returns @ data.weight_vector(spec.reward.metric_weights))
-    next_row = torch.from_numpy(data.next_row)
-    possible = torch.from_numpy(data.possible)
-    terminal = torch.from_numpy(data.terminal)
-    discount = torch.from_numpy(data.discount(spec.reward))
-    algorithm = spec.algorithm.dqn
-    network = build_network(algorithm, normalization, len(spec.actions))
     started_from = start_from(warm_start, network, normalization, list(spec.actions)) if warm_start else None
-    distributed = DistributedDataParallel(network, forward_sync_buffers=False)
-    trainer = DQNTrainer(network, algorithm, distributed)
+    learner = build_learner(algorithm, network)
+    learner.compute_in(spec.training.precision)
+    distributed = DistributedDataParallel(learner, forward_sync_buffers=False)
+    trainer = Trainer(learner, algorithm.config.learning_rate, distributed)
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     batches = torch.from_numpy(
@@ -153,26 +172,18 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     losses = (output / "losses.jsonl").open("a", buffering=1) if rank == 0 else None
     recent: list[torch.Tensor] = []
     for step in range(finished * per_epoch + 1, steps + 1):
-        rows = batches[step - 1]
-        following = next_row[rows]
-        batch = Batch(
-            state=state[rows],
-            action=action[rows],
-            reward=reward[rows],
-            next_state=state[following],
-            next_possible=possible[following],
-            terminal=terminal[rows],
-            discount=discount[rows],
-        )
-        loss, q_mean = trainer.step(batch)
+        loss, q_mean = trainer.step(store.batch(batches[step - 1]))
         recent.append(loss)
         if step % LOG_EVERY and step % per_epoch:
             continue
         if board and losses:
             td_loss = torch.stack(recent).mean().item()
+            check_converges(q_mean.item(), td_loss, most, step)
+            network.eval()
             with torch.no_grad():
-                q = network(state[probe])
-            chosen = q.gather(1, action[probe].unsqueeze(1)).squeeze(1)
+                q = network.network(store.state[probe])
+            network.train()
+            chosen = q.gather(1, store.action[probe].unsqueeze(1)).squeeze(1)
             mc_loss = (chosen - monte_carlo[probe]).abs().mean().item()
             epoch = (step - 1) // per_epoch + 1
             point = {"step": step, "epoch": epoch, "td_loss": td_loss, "mc_loss": mc_loss, "q_mean": q_mean.item()}
@@ -199,20 +210,27 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         losses.close()
 
 
-def _save(trainer: DQNTrainer, epoch: int, output: Path) -> None:
+def _most(data: Transitions, spec: JobSpec) -> float:
+    """The largest size that a sum of the log's discounted rewards could have, for an MDP without an end."""
+    ahead = data.discount(spec.reward)[~(data.terminal | data.truncated)].max(initial=0.0)
+    largest = float(np.abs(data.reward(spec.reward.metric_weights)).max())
+    return largest / (1 - float(ahead)) if ahead < 1 else math.inf
+
+
+def _save(trainer: Trainer, epoch: int, output: Path) -> None:
     """Keep what training needs to go on after an epoch."""
-    state = {part: getattr(trainer, part).state_dict() for part in ("network", "target", "optimizer")}
-    torch.save({"epoch": epoch} | state, output / f".{CHECKPOINT}")
+    torch.save({"epoch": epoch} | trainer.state_dict(), output / f".{CHECKPOINT}")
     os.replace(output / f".{CHECKPOINT}", output / CHECKPOINT)
 
 
-def _resume(trainer: DQNTrainer, output: Path, rank: int, epochs: int) -> int:
+def _resume(trainer: Trainer, output: Path, rank: int, epochs: int) -> int:
     """Take training up where other workers left it; returns how many epochs are finished."""
     path = output / CHECKPOINT
-    state = torch.load(path, weights_only=True) if path.exists() else {"epoch": 0}
-    finished: int = state["epoch"]
-    for part in state.keys() - {"epoch"}:
-        getattr(trainer, part).load_state_dict(state[part])
+    finished = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        finished = state.pop("epoch")
+        trainer.load_state_dict(state)
     # No worker may save before all have read.
     dist.barrier()
     if rank == 0:

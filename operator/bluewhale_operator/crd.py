@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from bluewhale_operator.outcome import GROUP
 from contracts.job import (
+    C51,
     SCHEDULED_NAME_LENGTH,
     SCHEDULED_NAME_TOO_LONG,
     Algorithm,
@@ -84,6 +85,7 @@ RULES: dict[type[BaseModel], list[Rule]] = {
     Training: [
         Rule("self.batchSize % self.workers.max == 0", "batchSize must be a multiple of workers.max", "batchSize")
     ],
+    C51: [Rule("self.lowestReturn < self.highestReturn", "lowestReturn must be below highestReturn", "lowestReturn")],
     Canary: [
         Rule(
             "self.weights.isSorted() && self.weights.all(w, self.weights.exists_one(v, v == w))",

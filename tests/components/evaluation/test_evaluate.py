@@ -13,10 +13,11 @@ import torch
 
 from components.evaluation.evaluate import _whole_mdps, evaluate, judge, propensities
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.bundle import build_network, read_bundle, write_bundle
+from components.training.bundle import read_bundle, write_bundle
+from components.training.learners import build_network
 from components.transitions import Transitions, load_transitions
 from contracts.hashing import unit_interval
-from contracts.job import DQN, ESTIMATORS, Gate, JobSpec
+from contracts.job import DQN, ESTIMATORS, Algorithm, Gate, JobSpec
 from contracts.stage import StageError, read_record, stage
 from tests.components.evaluation.tabular_mdp import TabularMdp
 
@@ -144,9 +145,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with stage("training", root / "training") as (directory, _):
         for epoch in (1, 2):
             torch.manual_seed(epoch)
-            config = DQN(hiddenLayers=[8])
-            network = build_network(config, normalization, 2)
-            write_bundle(directory / "epochs" / f"{epoch:03}", network, config, normalization, SPEC.actions, 1.0, {})
+            algorithm = Algorithm(dqn=DQN(hiddenLayers=[8]))
+            network = build_network(algorithm, normalization, 2)
+            write_bundle(directory / "epochs" / f"{epoch:03}", network, algorithm, normalization, SPEC.actions, 1.0, {})
     return root
 
 

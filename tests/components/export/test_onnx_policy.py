@@ -1,7 +1,7 @@
 """The exported graph does what the network does, and its actions follow its propensities."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -14,7 +14,9 @@ from torch import nn
 
 from components.export.onnx_policy import OUTPUTS, TOLERANCE, ServedPolicy, check_onnx, export_onnx
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.network import LogisticPolicy, QNetwork
+from components.training.learners import build_network
+from components.training.network import LogisticPolicy, Normalized
+from contracts.job import Algorithm
 from contracts.stage import StageError
 
 
@@ -51,11 +53,11 @@ class Exported(NamedTuple):
         return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
 
 
-def q_network(seed: int = 0) -> QNetwork:
+def q_network(seed: int = 0) -> Normalized:
     torch.manual_seed(seed)
-    network = QNetwork(SPEC, 3, [16, 16], dueling=True)
+    network = build_network(Algorithm.model_validate({"dqn": {"hiddenLayers": [16, 16]}}), SPEC, 3)
     with torch.no_grad():
-        network.advantage.weight *= 5
+        network.network.advantage.weight *= 5
     return network
 
 
@@ -86,6 +88,38 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Exported) -> None:
     every = np.concatenate([states(1000, exported.features), EXTREMES[:, : exported.features]])
     assert check_onnx(exported.policy, exported.path, every, exported.actions, seed=0) <= TOLERANCE == 1e-5
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"dqn": {"noisy": True}},
+        {"c51": {"lowestReturn": 0.0, "highestReturn": 50.0}},
+        {"qrDqn": {}},
+        {"cql": {"dueling": False}},
+        {"bcq": {"threshold": 0.9}},
+        {"behaviourCloning": {}},
+    ],
+    ids=str,
+)
+def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = build_network(Algorithm.model_validate(algorithm), SPEC, 3).eval()
+    policy = export_onnx(network, 0.7, 7, 3, tmp_path / "model.onnx")
+    every = np.concatenate([states(1000, 7), EXTREMES])
+    assert check_onnx(policy, tmp_path / "model.onnx", every, 3, seed=0) <= TOLERANCE
+
+
+def test_an_impossible_action_is_not_taken_in_place_of_one_that_the_log_never_takes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_network(Algorithm.model_validate({"bcq": {"threshold": 1.0}}), SPEC, 3).eval()
+    policy = export_onnx(network, 1.0, 7, 3, tmp_path / "model.onnx")
+    exported = Exported(policy, tmp_path / "model.onnx", 7, 3, 1.0)
+    rows = states(64, 7)
+    best = exported.run(rows, np.zeros((64, 1)), np.ones((64, 3), bool))["greedy_action"]
+    found = exported.run(rows, np.full((64, 1), 0.5), np.arange(3) != best)
+    np.testing.assert_allclose(np.take_along_axis(found["propensities"], best, 1), 0)
+    np.testing.assert_allclose(found["propensities"].sum(1), 1, rtol=1e-6)
 
 
 def test_propensities_are_a_softmax_at_the_temperature_over_possible_actions(exported: Exported) -> None:

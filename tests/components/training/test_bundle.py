@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.bundle import OPTIMIZER, WEIGHTS, build_network, read_bundle, write_bundle
-from components.training.dqn import Batch, DQNTrainer
-from components.training.network import QNetwork
-from contracts.job import DQN
+from components.training.bundle import OPTIMIZER, WEIGHTS, read_bundle, write_bundle
+from components.training.learners import Batch, build_learner, build_network
+from components.training.trainer import Trainer
+from contracts.job import Algorithm
 from contracts.stage import StageError
 
 FEATURES = [
@@ -25,19 +26,35 @@ FEATURES = [
     FeatureNormalization(name="price", type="quantile", quantiles=[0.0, 1.0, 5.0], how="by hand", evidence={}),
 ]
 SPEC = NormalizationSpec(inputs=["speed", "place", "wait", "price", "unused"], features=FEATURES)
-CONFIG = DQN(hiddenLayers=[16, 8], learningRate=0.01)
+
+
+def algorithm(name: str = "dqn", **settings: Any) -> Algorithm:
+    return Algorithm.model_validate({name: {"hiddenLayers": [16, 8]} | settings})
+
+
+ALGORITHM = algorithm(learningRate=0.01)
+EACH = [
+    algorithm("dqn"),
+    algorithm("dqn", dueling=False, double=False),
+    algorithm("dqn", noisy=True),
+    algorithm("c51", lowestReturn=0.0, highestReturn=9.0),
+    algorithm("qrDqn"),
+    algorithm("cql"),
+    algorithm("bcq"),
+    algorithm("behaviourCloning"),
+]
 ACTIONS = ["left", "right", "stay"]
 
 
-def network(seed: int = 0, config: DQN = CONFIG) -> QNetwork:
+def network(seed: int = 0, algorithm: Algorithm = ALGORITHM) -> nn.Module:
     torch.manual_seed(seed)
-    return build_network(config, SPEC, len(ACTIONS))
+    return build_network(algorithm, SPEC, len(ACTIONS))
 
 
 def write(directory: Path, **changes: Any) -> str:
     given: dict[str, Any] = {
         "network": network(),
-        "algorithm": CONFIG,
+        "algorithm": ALGORITHM,
         "normalization": SPEC,
         "actions": ACTIONS,
         "temperature": 0.5,
@@ -46,10 +63,10 @@ def write(directory: Path, **changes: Any) -> str:
     return write_bundle(directory, **(given | changes))
 
 
-@pytest.mark.parametrize("config", [CONFIG, DQN(hiddenLayers=[4], dueling=False, double=False)])
-def test_a_bundle_is_read_as_it_was_written(tmp_path: Path, config: DQN) -> None:
-    written = network(config=config)
-    digest = write(tmp_path / "policy", network=written, algorithm=config)
+@pytest.mark.parametrize("made", EACH, ids=lambda made: made.name)
+def test_a_bundle_is_read_as_it_was_written(tmp_path: Path, made: Algorithm) -> None:
+    written = network(algorithm=made).eval()
+    digest = write(tmp_path / "policy", network=written, algorithm=made)
     bundle = read_bundle(tmp_path / "policy")
     states = torch.tensor(np.random.default_rng(0).normal(1, 3, (100, 5)).astype(np.float32))
     states[::7, 2] = float("nan")
@@ -72,7 +89,7 @@ def test_the_same_policy_has_the_same_digest_wherever_it_came_from(tmp_path: Pat
         {"network": network(seed=1)},
         {"actions": ["left", "stay", "right"]},
         {"temperature": 0.6},
-        {"algorithm": CONFIG.model_copy(update={"double": False})},
+        {"algorithm": algorithm(learningRate=0.01, double=False)},
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -109,14 +126,16 @@ def test_a_bundle_is_never_written_over(tmp_path: Path) -> None:
 
 def test_the_optimizers_state_is_kept_by_parameter(tmp_path: Path) -> None:
     trained = network()
-    trainer = DQNTrainer(trained, CONFIG)
-    state = torch.rand(4, 5)
+    trainer = Trainer(build_learner(ALGORITHM, trained), 0.01)
+    state = trained.normalization(torch.rand(4, 5))
     trainer.step(
         Batch(
             state,
             torch.zeros(4, dtype=torch.int64),
+            torch.ones((4, 3), dtype=torch.bool),
             torch.ones(4),
             state,
+            torch.zeros(4, dtype=torch.int64),
             torch.ones((4, 3), dtype=torch.bool),
             torch.zeros(4, dtype=torch.bool),
             torch.full((4,), 0.9),
@@ -133,5 +152,5 @@ def test_the_description_is_json_that_names_the_network(tmp_path: Path) -> None:
     digest = write(tmp_path / "policy")
     description = json.loads((tmp_path / "policy" / "bundle.json").read_text())
     assert description["digest"] == digest
-    assert description["algorithm"]["hiddenLayers"] == [16, 8]
+    assert description["algorithm"]["dqn"]["hiddenLayers"] == [16, 8]
     assert description["actions"] == ACTIONS

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.network import LogisticPolicy, QNetwork
+from components.training.network import LogisticPolicy, NoisyLinear, Normalized, QNetwork
 
 SPEC = NormalizationSpec(
     inputs=["x", "y"],
@@ -19,12 +20,12 @@ STATES = torch.tensor(np.random.default_rng(0).normal(1, 3, (40, 2)).astype(np.f
 
 def network(**changes: object) -> QNetwork:
     torch.manual_seed(0)
-    return QNetwork(SPEC, 3, [8, 8], **changes)
+    return QNetwork(2, 3, [8, 8], **changes)
 
 
 def test_a_dueling_networks_mean_over_actions_is_the_states_value() -> None:
     dueling = network(dueling=True)
-    hidden = dueling.body(dueling.normalization(STATES))
+    hidden = dueling.body(STATES)
     q = dueling(STATES)
     torch.testing.assert_close(q.mean(1, keepdim=True), dueling.value(hidden))
     advantage = dueling.advantage(hidden)
@@ -41,7 +42,7 @@ def test_adding_to_all_advantages_changes_no_value() -> None:
 
 def test_without_dueling_the_head_gives_the_values() -> None:
     plain = network()
-    wanted = plain.advantage(plain.body((STATES - 1) / 2))
+    wanted = plain.advantage(plain.body(STATES))
     torch.testing.assert_close(plain(STATES), wanted)
 
 
@@ -49,13 +50,30 @@ def test_outputs_make_a_vector_of_each_actions_value() -> None:
     many = network(outputs=4)
     found = many(STATES)
     assert found.shape == (40, 3, 4)
-    hidden = many.body(many.normalization(STATES))
+    hidden = many.body(STATES)
     torch.testing.assert_close(found.reshape(40, 12), many.advantage(hidden))
 
 
-def test_a_dueling_network_has_one_output_per_action() -> None:
-    with pytest.raises(ValueError, match="one output per action"):
-        network(dueling=True, outputs=2)
+def test_a_dueling_network_with_outputs_has_a_value_for_each() -> None:
+    dueling = network(dueling=True, outputs=2)
+    torch.testing.assert_close(dueling(STATES).mean(1), dueling.value(dueling.body(STATES)))
+
+
+def test_raw_features_are_normalized_before_the_network() -> None:
+    made = Normalized(NormalizationGraph(SPEC), network())
+    torch.testing.assert_close(made(STATES), made.network((STATES - 1) / 2))
+
+
+def test_a_noisy_layer_is_noisy_in_training_alone_and_learns_how_much() -> None:
+    torch.manual_seed(0)
+    layer = NoisyLinear(4, 3)
+    x = torch.randn(5, 4)
+    assert not torch.equal(layer(x), layer(x))
+    drawn = torch.stack([layer(x) for _ in range(4000)])
+    torch.testing.assert_close(drawn.mean(0), layer.eval()(x), atol=0.1, rtol=0)
+    layer.train()(x).square().sum().backward()
+    assert layer.weight_noise.grad.abs().sum() > 0
+    assert torch.equal(layer.eval()(x), layer(x))
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
@@ -71,7 +89,7 @@ def test_layer_normalization_takes_the_size_out_of_the_hidden_layers(layer_norm:
 
 
 def test_missing_features_give_finite_values() -> None:
-    assert torch.isfinite(network(dueling=True)(torch.full((1, 2), float("nan")))).all()
+    assert torch.isfinite(Normalized(NormalizationGraph(SPEC), network())(torch.full((1, 2), float("nan")))).all()
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.2, 1.0])

@@ -18,10 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.bundle import build_network, write_bundle
-from components.training.worker import permuted_batches, start_from
-from contracts.job import DQN, JobSpec
-from contracts.stage import stage
+from components.training.batches import permuted_batches
+from components.training.bundle import write_bundle
+from components.training.learners import build_network
+from components.training.worker import check_converges, check_fits, start_from
+from components.transitions import Transitions
+from contracts.job import Algorithm, JobSpec
+from contracts.stage import StageError, stage
 
 ROOT = Path(__file__).parents[3]
 ROWS = np.arange(100, 160)
@@ -184,17 +187,50 @@ def test_workers_that_come_when_all_is_done_change_nothing(
     assert all(torch.equal(again[name], weights) for name, weights in alone[1].items())
 
 
+def transitions(actions: list[int], truncated: bool = False) -> Transitions:
+    n = len(actions)
+    zeros = {name: np.zeros((n, 1), np.float32) for name in ("state", "metrics", "returns")}
+    return Transitions(
+        ["x"], ["left", "right"], ["reward"], action=np.array(actions), propensity=np.ones(n),
+        possible=np.ones((n, 2), bool), time_diff=np.ones(n), terminal=np.zeros(n, bool),
+        truncated=np.full(n, truncated), ordinal=np.ones(n, int), mdp=np.arange(n), mdp_ids=[""] * n, **zeros,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (transitions([1, 1, 1]), "takes only 'right' of left, right.*log some exploration"),
+        (transitions([0, 1], truncated=True), "no transition is left.*data.lastStep"),
+    ],
+)
+def test_a_log_that_cannot_be_learned_from_is_refused(data: Transitions, said: str) -> None:
+    with pytest.raises(StageError, match=said):
+        check_fits(data, SPEC.algorithm.config)
+
+
+@pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])
+def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) -> None:
+    with pytest.raises(StageError, match=r"training diverges: at step 50 .* choose cql or bcq"):
+        check_converges(score, loss, 100.0, 50)
+
+
+def test_values_within_what_rewards_can_sum_to_go_on() -> None:
+    check_converges(250.0, 1e6, 100.0, 50)
+    check_converges(1e9, 1e6, float("inf"), 50)
+
+
 class TestAWarmStart:
     @pytest.fixture
     def bundle(self, tmp_path: Path) -> Path:
         torch.manual_seed(1)
-        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
         directory = tmp_path / "bundle"
-        write_bundle(directory, network, DQN(hiddenLayers=[8]), NORMALIZATION, ["left", "right"], 1.0, {})
+        write_bundle(directory, network, SPEC.algorithm, NORMALIZATION, ["left", "right"], 1.0, {})
         return directory
 
     def test_begins_with_the_policy_s_weights_and_says_whose(self, bundle: Path) -> None:
-        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
         digest = start_from(str(bundle), network, NORMALIZATION, ["left", "right"])
         assert digest == json.loads((bundle / "bundle.json").read_text())["digest"]
         theirs = load_file(bundle / "weights.safetensors")
@@ -214,12 +250,12 @@ class TestAWarmStart:
     ) -> None:  # fmt: skip
         renamed = NORMALIZATION.features[0].model_copy(update={"name": feature})
         normalization = NormalizationSpec(inputs=[feature], features=[renamed])
-        network = build_network(DQN(hiddenLayers=layers), normalization, 2)
+        network = build_network(Algorithm.model_validate({"dqn": {"hiddenLayers": layers}}), normalization, 2)
         before = [weights.clone() for weights in network.parameters()]
         assert start_from(str(bundle), network, normalization, actions) is None
         assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
         assert f"its {what} are not this job's" in capsys.readouterr().err
 
     def test_with_a_policy_that_is_gone_is_none(self, tmp_path: Path) -> None:
-        network = build_network(DQN(hiddenLayers=[8]), NORMALIZATION, 2)
+        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
         assert start_from(str(tmp_path / "gone"), network, NORMALIZATION, ["left", "right"]) is None

@@ -115,6 +115,12 @@ CASES = [
     Case("set either simulation or data.decisionLog", job(simulation=SIMULATION, data={}), job(simulation=SIMULATION)),
     Case("set either simulation or data.decisionLog", job(), job(data={"decisionLog": ""})),
     Case("set exactly one of dqn", job(algorithm={"dqn": {}}), job(algorithm={})),
+    Case(
+        "lowestReturn must be below highestReturn",
+        job(algorithm={"c51": {"lowestReturn": 0.0, "highestReturn": 1.0}}),
+        job(algorithm={"c51": {"lowestReturn": 1.0, "highestReturn": 1.0}}),
+    ),
+    Case("set exactly one of dqn", job(algorithm={"cql": {}}), job(algorithm={"cql": {}, "bcq": {}})),
     Case("metadata.name must have at most 52 characters", job("x" * 52), job("x" * 53)),
     Case("metadata.name must have at most 52 characters", service("x" * 52), service("x.y")),
     Case(
