@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +36,27 @@ class Trainer:
         self.learner.follow()
         return loss.detach(), score
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, those that follow them, the optimizer's state and the random numbers'."""
+    def state(self) -> dict[str, Tensor]:
+        """Weights, those that follow them, the optimizer's state and the random numbers', by name."""
+        moments = self.optimizer.state_dict()["state"]
         return {
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{f"learner.{name}": value.contiguous() for name, value in self.learner.state_dict().items()},
+            **{f"optimizer.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
             "random": torch.get_rng_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave; raises `KeyError` or `ValueError` where it is that of another training."""
+        learner = {name.removeprefix("learner."): value for name, value in state.items() if name.startswith("learner.")}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, i, moment = name.split(".")
+                moments.setdefault(int(i), {})[moment] = value
+        # To be known before anything is taken over.
+        if {k: v.shape for k, v in learner.items()} != {k: v.shape for k, v in self.learner.state_dict().items()}:
+            raise ValueError("it is of another network")
+        random = state["random"]
+        self.learner.load_state_dict(learner)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        torch.set_rng_state(random)

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from components.normalization.spec import NormalizationSpec
 from components.training.batches import permuted_batches
 from components.training.bundle import read_bundle, write_bundle
+from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.learners import build_learner, build_network
 from components.training.store import build_store
 from components.training.trainer import Trainer
@@ -29,7 +30,7 @@ from contracts.progress import report
 from contracts.stage import StageError, code_version, digest_files
 
 LOG_EVERY = 50
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS = "checkpoints"
 RUNAWAY = 3.0
 """Times what rewards can sum to: values beyond it are not late, but wrong."""
 
@@ -204,7 +205,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
                     directory, network, algorithm, normalization, list(spec.actions), spec.export.temperature,
                     provenance | {"epoch": epoch}, trainer.optimizer if last else None,
                 )  # fmt: skip
-            _save(trainer, epoch, output)
+            save_checkpoint(trainer, epoch, output / CHECKPOINTS)
     if board and losses:
         board.close()
         losses.close()
@@ -217,20 +218,9 @@ def _most(data: Transitions, spec: JobSpec) -> float:
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 
-def _save(trainer: Trainer, epoch: int, output: Path) -> None:
-    """Keep what training needs to go on after an epoch."""
-    torch.save({"epoch": epoch} | trainer.state_dict(), output / f".{CHECKPOINT}")
-    os.replace(output / f".{CHECKPOINT}", output / CHECKPOINT)
-
-
 def _resume(trainer: Trainer, output: Path, rank: int, epochs: int) -> int:
     """Take training up where other workers left it; returns how many epochs are finished."""
-    path = output / CHECKPOINT
-    finished = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        finished = state.pop("epoch")
-        trainer.load_state_dict(state)
+    finished = load_checkpoint(trainer, output / CHECKPOINTS)
     # No worker may save before all have read.
     dist.barrier()
     if rank == 0:

@@ -21,7 +21,7 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training.batches import permuted_batches
 from components.training.bundle import write_bundle
 from components.training.learners import build_network
-from components.training.worker import check_converges, check_fits, start_from
+from components.training.worker import CHECKPOINTS, check_converges, check_fits, start_from
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
 from contracts.stage import StageError, stage
@@ -165,11 +165,11 @@ def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     (victim,) = started(stages, tmp_path)
-    while not (tmp_path / "checkpoint.pt").exists() and victim.poll() is None:
+    while not (checkpoints := list((tmp_path / CHECKPOINTS).glob("[0-9]*"))) and victim.poll() is None:
         time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait(10) == -signal.SIGKILL
-    finished = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"]
+    finished = max(int(path.name) for path in checkpoints)
     assert 1 <= finished < 4
     (tmp_path / "epochs" / f"{finished + 1:03}").mkdir(exist_ok=True)  # as if it was killed while it wrote
     resumed = trained(stages, tmp_path)
