@@ -28,18 +28,24 @@ class NormalizationGraph(nn.Module):
             if name in by_name:
                 by_type.setdefault(by_name[name].type, []).append(i)
         self.types = sorted(by_type)
-        self.output_features: list[str] = []
-        """Feature that each column of the output comes from."""
+        self.output_columns: list[tuple[str, str]] = []
+        """What each column of the output is: a feature, and of it `value`, `presence`, `value <v>` or `other value`."""
         self.outputs = 0
         for type_ in self.types:
             members = [by_name[spec.inputs[i]] for i in by_type[type_]]
             self._keep(f"{type_}_columns", torch.tensor(by_type[type_]))
             self.outputs += getattr(self, f"_init_{type_}", self._init_standard)(type_, members)
             for member in members:
-                self.output_features += [member.name] * (len(member.values) + 1 if type_ == "enum" else 1)
+                of = [f"value {v:g}" for v in member.values] + ["other value"] if type_ == "enum" else ["value"]
+                self.output_columns += [(member.name, what) for what in of]
         self._keep("presence_columns", torch.tensor([spec.inputs.index(n) for n in spec.presence], dtype=torch.int64))
-        self.output_features += spec.presence
+        self.output_columns += [(name, "presence") for name in spec.presence]
         self.outputs += len(spec.presence)
+
+    @property
+    def output_features(self) -> list[str]:
+        """The feature that each column of the output comes from."""
+        return [name for name, _ in self.output_columns]
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value)

@@ -20,6 +20,7 @@ from contracts.stage import StageError
 WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
     "weights.safetensors", "bundle.json", "normalization.json", "optimizer.safetensors",
 )  # fmt: skip
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def write_bundle(
         state = optimizer.state_dict()["state"]
         save_file({f"{names[i]}.{k}": v for i, s in state.items() for k, v in s.items()}, directory / OPTIMIZER)
     description: dict[str, Any] = {
-        "version": 2,
+        "version": VERSION,
         "algorithm": {algorithm.name: algorithm.config.model_dump(by_alias=True)},
         "actions": actions,
         "temperature": temperature,
@@ -82,6 +83,10 @@ def read_bundle(directory: str | Path) -> Bundle:
     if not (directory / DESCRIPTION).is_file():
         raise StageError(f"{directory}: no policy bundle here ({DESCRIPTION} is missing)")
     description = json.loads((directory / DESCRIPTION).read_text())
+    if description.get("version") != VERSION:
+        raise StageError(
+            f"{directory}: a bundle of version {description.get('version')}, {VERSION} is wanted; train again"
+        )
     if _policy_digest(directory, description) != description["digest"]:
         raise StageError(f"{directory}: not the weights and settings that the bundle was written with; train again")
     normalization = NormalizationSpec.read(directory / NORMALIZATION)

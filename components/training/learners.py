@@ -57,6 +57,9 @@ class Learner(nn.Module):
     def follow(self) -> None:
         """Let what follows the network slowly take a step towards it."""
 
+    def catch_up(self) -> None:
+        """Let it be where the network is."""
+
 
 class BehaviourCloner(Learner):
     """The logged policy by maximum likelihood: minimizes -log pi(a | s) over the possible actions."""
@@ -104,6 +107,9 @@ class DQNLearner(Learner):
     def follow(self) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(self._slow, self._fast, self.config.target_update_rate)
+
+    def catch_up(self) -> None:
+        self.target.load_state_dict(self.network.state_dict())
 
 
 class CQLLearner(DQNLearner):

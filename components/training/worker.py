@@ -5,13 +5,12 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -19,11 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from components.normalization.spec import NormalizationSpec
 from components.training.batches import permuted_batches
-from components.training.bundle import read_bundle, write_bundle
+from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.learners import build_learner, build_network
 from components.training.store import build_store
 from components.training.trainer import Trainer
+from components.training.warm_start import start_from
 from components.transitions import Transitions, load_transitions
 from contracts.job import JobSpec, Learner, QLearning
 from contracts.progress import report
@@ -96,30 +96,6 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def start_from(directory: str, network: nn.Module, normalization: NormalizationSpec, actions: list[str]) -> str | None:
-    """Give the network a bundle's weights and return that policy's digest; None, said aloud, where they do not fit."""
-    try:
-        bundle = read_bundle(directory)
-        same = {
-            "features": [(f.name, f.type) for f in bundle.normalization.features]
-            == [(f.name, f.type) for f in normalization.features],
-            "actions": bundle.actions == actions,
-            "layers": [p.shape for p in bundle.network.parameters()] == [p.shape for p in network.parameters()],
-        }
-        for what, alike in same.items():
-            if not alike:
-                raise StageError(f"{directory}: its {what} are not this job's")
-    except StageError as error:
-        print(f"no warm start, training begins anew: {error}", file=sys.stderr, flush=True)
-        return None
-    # Buffers are left alone: they normalize, and are of this job's own data.
-    with torch.no_grad():
-        for ours, theirs in zip(network.parameters(), bundle.network.parameters(), strict=True):
-            ours.copy_(theirs)
-    print(f"warm start from policy {bundle.digest}", file=sys.stderr, flush=True)
-    return bundle.digest
-
-
 def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: Path, warm_start: str = "") -> None:
     """Train `spec.training.epochs` epochs and write `epochs/NN`, `policy`, `losses.jsonl` and `tensorboard`.
 
@@ -144,11 +120,14 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
             f"training.batchSize {spec.training.batch_size}: only {len(usable)} transitions to learn from; "
             "lower it or log more"
         )
-    started_from = start_from(warm_start, network, normalization, list(spec.actions)) if warm_start else None
     learner = build_learner(algorithm, network)
     learner.compute_in(spec.training.precision)
     distributed = DistributedDataParallel(learner, forward_sync_buffers=False)
     trainer = Trainer(learner, algorithm.config.learning_rate, distributed)
+    started_from = None
+    if warm_start:
+        started_from = start_from(warm_start, network, trainer.optimizer, normalization, list(spec.actions))
+        learner.catch_up()
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     batches = torch.from_numpy(

@@ -113,6 +113,14 @@ def test_tampered_weights_are_refused(tmp_path: Path) -> None:
         read_bundle(tmp_path / "policy")
 
 
+def test_a_bundle_of_another_version_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "policy")
+    path = tmp_path / "policy" / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    with pytest.raises(StageError, match=r"a bundle of version 1, 2 is wanted; train again"):
+        read_bundle(tmp_path / "policy")
+
+
 def test_a_bundle_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"no policy bundle here \(bundle\.json is missing\)"):
         read_bundle(tmp_path / "policy")

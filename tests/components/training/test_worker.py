@@ -19,11 +19,9 @@ from safetensors.torch import load_file
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.batches import permuted_batches
-from components.training.bundle import write_bundle
-from components.training.learners import build_network
-from components.training.worker import CHECKPOINTS, check_converges, check_fits, start_from
+from components.training.worker import CHECKPOINTS, check_converges, check_fits
 from components.transitions import Transitions
-from contracts.job import Algorithm, JobSpec
+from contracts.job import JobSpec
 from contracts.stage import StageError, stage
 
 ROOT = Path(__file__).parents[3]
@@ -218,44 +216,3 @@ def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) 
 def test_values_within_what_rewards_can_sum_to_go_on() -> None:
     check_converges(250.0, 1e6, 100.0, 50)
     check_converges(1e9, 1e6, float("inf"), 50)
-
-
-class TestAWarmStart:
-    @pytest.fixture
-    def bundle(self, tmp_path: Path) -> Path:
-        torch.manual_seed(1)
-        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
-        directory = tmp_path / "bundle"
-        write_bundle(directory, network, SPEC.algorithm, NORMALIZATION, ["left", "right"], 1.0, {})
-        return directory
-
-    def test_begins_with_the_policy_s_weights_and_says_whose(self, bundle: Path) -> None:
-        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
-        digest = start_from(str(bundle), network, NORMALIZATION, ["left", "right"])
-        assert digest == json.loads((bundle / "bundle.json").read_text())["digest"]
-        theirs = load_file(bundle / "weights.safetensors")
-        assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
-
-    @pytest.mark.parametrize(
-        ("layers", "actions", "feature", "what"),
-        [
-            ([9], ["left", "right"], "x", "layers"),
-            ([8], ["up", "down"], "x", "actions"),
-            ([8], ["left", "right"], "y", "features"),
-        ],
-    )
-    def test_with_a_policy_that_does_not_fit_is_none(
-        self, bundle: Path, capsys: pytest.CaptureFixture[str], layers: list[int], actions: list[str], feature: str,
-        what: str,
-    ) -> None:  # fmt: skip
-        renamed = NORMALIZATION.features[0].model_copy(update={"name": feature})
-        normalization = NormalizationSpec(inputs=[feature], features=[renamed])
-        network = build_network(Algorithm.model_validate({"dqn": {"hiddenLayers": layers}}), normalization, 2)
-        before = [weights.clone() for weights in network.parameters()]
-        assert start_from(str(bundle), network, normalization, actions) is None
-        assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
-        assert f"its {what} are not this job's" in capsys.readouterr().err
-
-    def test_with_a_policy_that_is_gone_is_none(self, tmp_path: Path) -> None:
-        network = build_network(SPEC.algorithm, NORMALIZATION, 2)
-        assert start_from(str(tmp_path / "gone"), network, NORMALIZATION, ["left", "right"]) is None

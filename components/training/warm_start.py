@@ -1,0 +1,108 @@
+"""Training that begins with the policy of the day before."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from components.normalization.graph import NormalizationGraph
+from components.normalization.spec import NormalizationSpec
+from components.training.bundle import OPTIMIZER, Bundle, read_bundle
+from components.training.network import Normalized
+from contracts.stage import StageError
+
+
+def start_from(
+    directory: str,
+    network: Normalized,
+    optimizer: torch.optim.Optimizer,
+    normalization: NormalizationSpec,
+    actions: list[str],
+) -> str | None:
+    """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
+
+    Features, and values of an enum, that are new since then begin without a weight, so that the policy is the same at
+    first. Returns None, said aloud, where the bundle does not fit: actions or layers are others, or a feature is gone
+    or of another type.
+    """
+    try:
+        bundle = read_bundle(directory)
+        taken = _places(bundle, network, normalization, actions, directory)
+        theirs = dict(bundle.network.named_parameters())
+        moments = _read_moments(Path(directory) / OPTIMIZER)
+        with torch.no_grad():
+            for name, ours in network.named_parameters():
+                ours.copy_(_moved(theirs[name], ours, taken, name))
+    except StageError as error:
+        print(f"no warm start, training begins anew: {error}", file=sys.stderr, flush=True)
+        return None
+    _take_moments(moments, network, optimizer, taken)
+    added = network.normalization.outputs - len(taken)
+    more = f", {added} of its inputs new" if added else ""
+    print(f"warm start from policy {bundle.digest}{more}", file=sys.stderr, flush=True)
+    return bundle.digest
+
+
+def _places(
+    bundle: Bundle, network: Normalized, normalization: NormalizationSpec, actions: list[str], directory: str
+) -> list[int]:
+    """Where each input of the bundle's network is among the inputs of this one."""
+    if bundle.actions != actions:
+        raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions)}")
+    types = {f.name: f.type for f in normalization.features}
+    for feature in bundle.normalization.features:
+        if types.get(feature.name) != feature.type:
+            now = f"is {types[feature.name]} now" if feature.name in types else "is gone"
+            raise StageError(f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}")
+    columns = NormalizationGraph(bundle.normalization).output_columns
+    ours = {column: place for place, column in enumerate(network.normalization.output_columns)}
+    if gone := [column for column in columns if column not in ours]:
+        raise StageError(f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more")
+    places = [ours[column] for column in columns]
+    if _shapes(bundle.network) != _shapes(network):
+        raise StageError(f"{directory}: its layers are not this job's")
+    return places
+
+
+FIRST = ("body.0.weight", "body.0.weight_noise")
+"""Names' ends of the weights by input."""
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    """Of the weights by name, inputs left aside."""
+    return {name: p.shape[:1] if name.endswith(FIRST) else p.shape for name, p in network.named_parameters()}
+
+
+def _moved(theirs: Tensor, ours: Tensor, places: list[int], name: str) -> Tensor:
+    """Weights of the bundle's network, or what the optimizer knows of them, where this network has them."""
+    if not name.endswith(FIRST):
+        return theirs
+    moved = torch.zeros_like(ours)
+    moved[:, places] = theirs
+    return moved
+
+
+def _read_moments(path: Path) -> dict[str, Tensor]:
+    """What the optimizer knew of each weight, by name; nothing where the bundle does not tell."""
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise StageError(f"{path}: cannot be read: {error}") from None
+
+
+def _take_moments(
+    known: dict[str, Tensor], network: Normalized, optimizer: torch.optim.Optimizer, places: list[int]
+) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for i, (name, parameter) in enumerate(network.named_parameters()):
+        moments[i] = {
+            moment: value if value.dim() == 0 else _moved(value, parameter, places, name)
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+            if (value := known.get(f"{name}.{moment}")) is not None
+        }
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

@@ -1,0 +1,145 @@
+"""Training begins with another policy's weights, or says why it does not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.bundle import read_bundle, write_bundle
+from components.training.learners import Batch, build_learner, build_network
+from components.training.network import Normalized
+from components.training.trainer import Trainer
+from components.training.warm_start import start_from
+from contracts.job import Algorithm
+
+ACTIONS = ["left", "right"]
+
+
+def feature(name: str, type_: str = "continuous", **parameters: Any) -> FeatureNormalization:
+    return FeatureNormalization(name=name, type=type_, how="by hand", evidence={}, **parameters)
+
+
+def spec(*features: FeatureNormalization, presence: tuple[str, ...] = ()) -> NormalizationSpec:
+    return NormalizationSpec(inputs=[f.name for f in features], features=list(features), presence=list(presence))
+
+
+X, PLACE = feature("x", mean=1.0, stddev=2.0), feature("place", "enum", values=[1.0, 2.0])
+BEFORE = spec(X, PLACE)
+DQN: dict[str, Any] = {"dqn": {"hiddenLayers": [8]}}
+BCQ: dict[str, Any] = {"bcq": {"hiddenLayers": [8], "noisy": True}}
+
+
+def begun(algorithm: dict[str, Any], normalization: NormalizationSpec, seed: int = 0) -> tuple[Normalized, Trainer]:
+    made = Algorithm.model_validate(algorithm)
+    torch.manual_seed(seed)
+    network = build_network(made, normalization, 2)
+    return network, Trainer(build_learner(made, network), 0.01)
+
+
+def learn(trainer: Trainer, network: Normalized, rows: torch.Tensor) -> None:
+    state, n = network.normalization(rows), len(rows)
+    action, ones = torch.arange(n) % 2, torch.ones(n)
+    trainer.step(Batch(state, action, None, ones, state, action, None, ones < 0, 0.9 * ones))
+
+
+@pytest.fixture(params=[DQN, BCQ], ids=["dqn", "bcq"])
+def algorithm(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, algorithm: dict[str, Any]) -> Path:
+    network, trainer = begun(algorithm, BEFORE, seed=1)
+    for _ in range(3):
+        learn(trainer, network, torch.tensor([[0.5, 1.0], [3.0, 2.0]]))
+    made = Algorithm.model_validate(algorithm)
+    write_bundle(tmp_path / "bundle", network, made, BEFORE, ACTIONS, 1.0, {}, trainer.optimizer)
+    return tmp_path / "bundle"
+
+
+def test_begins_with_the_policys_weights_and_says_whose(bundle: Path, algorithm: dict[str, Any]) -> None:
+    network, trainer = begun(algorithm, BEFORE)
+    digest = start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS)
+    assert digest == json.loads((bundle / "bundle.json").read_text())["digest"]
+    theirs = load_file(bundle / "weights.safetensors")
+    assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
+
+
+def test_goes_on_with_what_the_optimizer_knew(bundle: Path, algorithm: dict[str, Any]) -> None:
+    network, trainer = begun(algorithm, BEFORE)
+    start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS)
+    known = load_file(bundle / "optimizer.safetensors")
+    for i, (name, _) in enumerate(network.named_parameters()):
+        for moment, value in trainer.optimizer.state_dict()["state"][i].items():
+            torch.testing.assert_close(value, known[f"{name}.{moment}"])
+    learn(trainer, network, torch.tensor([[0.5, 1.0], [3.0, 2.0]]))
+    assert trainer.optimizer.state_dict()["state"][0]["step"] == 4
+
+
+def test_new_features_and_values_change_nothing_at_first_and_are_learned(
+    bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = feature("place", "enum", values=[0.0, 1.0, 2.0])
+    now = spec(feature("age", mean=40.0), more, X, presence=("x",))
+    network, trainer = begun(algorithm, now)
+    assert start_from(str(bundle), network, trainer.optimizer, now, ACTIONS)
+    # age, one value of place, the presence of x
+    assert "3 of its inputs new" in capsys.readouterr().err
+    then = read_bundle(bundle).network
+    network.eval()
+    for age, place, x in ((90.0, 1.0, 0.5), (float("nan"), 2.0, 3.0), (1.0, 7.0, 3.0)):
+        torch.testing.assert_close(network(torch.tensor([[age, place, x]])), then(torch.tensor([[x, place]])))
+    network.train()
+    learn(trainer, network, torch.tensor([[90.0, 0.0, 1.0], [20.0, 1.0, 2.0]]))
+    weights = dict(network.named_parameters())[
+        "network.body.0.weight" if "dqn" in algorithm else "network.values.body.0.weight"
+    ]
+    columns = [network.normalization.output_columns.index(c) for c in (("age", "value"), ("place", "value 0"))]
+    assert (weights[:, columns].abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("now", "actions", "layers", "said"),
+    [
+        (BEFORE, ACTIONS, [9], "its layers are not this job's"),
+        (BEFORE, ["up", "down"], [8], "its actions are not this job's: left, right"),
+        (spec(PLACE), ACTIONS, [8], r"its features are not this job's: x (continuous) is gone"),
+        (spec(feature("x", "binary"), PLACE), ACTIONS, [8], "x (continuous) is binary now"),
+        (spec(X, feature("place", "enum", values=[2.0, 3.0])), ACTIONS, [8], "place has no value 1 any more"),
+    ],
+)
+def test_with_a_policy_that_does_not_fit_begins_anew_and_says_why(
+    bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str], now: NormalizationSpec,
+    actions: list[str], layers: list[int], said: str,
+) -> None:  # fmt: skip
+    name, settings = next(iter(algorithm.items()))
+    network, trainer = begun({name: settings | {"hiddenLayers": layers}}, now)
+    before = [weights.clone() for weights in network.parameters()]
+    assert start_from(str(bundle), network, trainer.optimizer, now, actions) is None
+    assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+    assert said in capsys.readouterr().err
+
+
+def test_with_another_algorithms_policy_begins_anew(tmp_path: Path, bundle: Path) -> None:
+    network, trainer = begun({"qrDqn": {"hiddenLayers": [8]}}, BEFORE)
+    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS) is None
+
+
+def test_with_an_optimizer_state_that_is_torn_begins_anew(
+    bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / "optimizer.safetensors").write_bytes(b"torn")
+    network, trainer = begun(algorithm, BEFORE)
+    before = [weights.clone() for weights in network.parameters()]
+    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS) is None
+    assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+    assert "optimizer.safetensors: cannot be read" in capsys.readouterr().err
+
+
+def test_with_a_policy_that_is_gone_begins_anew(tmp_path: Path) -> None:
+    network, trainer = begun(DQN, BEFORE)
+    assert start_from(str(tmp_path / "gone"), network, trainer.optimizer, BEFORE, ACTIONS) is None
