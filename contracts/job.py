@@ -469,10 +469,28 @@ class Evaluation(Model):
     gate: Gate = Field(Gate(), description="What a policy must be shown to reach before it is exported to a rollout.")
 
 
-class Export(Model):
+class PolicyHead(Model):
+    """How the served policy chooses among actions by their scores."""
+
+    policy: Literal["softmax", "greedy", "epsilonGreedy", "threshold"] = Field(
+        "softmax",
+        description="Sample from a softmax at `temperature`; take the best; explore with probability `epsilon`; or, of "
+        "two actions, take the second where the sigmoid of its advantage reaches `threshold`.",
+    )
+    temperature: Positive = Field(1.0, description="Of the softmax over scores; high is near uniform.")
+    epsilon: float = Field(0.05, ge=0, le=1, description="Share of decisions that are uniform over possible actions.")
+    threshold: Fraction = Field(0.5, description="Above a half the second action must promise more than the first.")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """All of it that the policy depends on."""
+        uses = {"softmax": "temperature", "epsilonGreedy": "epsilon", "threshold": "threshold"}
+        return self.model_dump(by_alias=True, include={"policy", uses.get(self.policy, "policy")})
+
+
+class Export(PolicyHead):
     """The form in which the policy is served."""
 
-    temperature: Positive = Field(1.0, description="Of the softmax over Q-values that the served policy samples from.")
     backend: Literal["python", "onnxruntime"] = Field(
         "python", description="Triton backend of the exported model; onnxruntime needs a server that has it."
     )
@@ -610,6 +628,8 @@ class JobSpec(Model):
             raise ValueError("data.features.actionKey stands for a discrete action's name: actionSpace has none")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
+        if self.export.policy == "threshold" and len(self.actions) > 2:
+            raise ValueError("export.policy threshold is for two actions: choose another where there are more")
         if self.simulation and self.data.decision_log:
             raise ValueError("set either simulation or data.decisionLog: a simulation makes its own log")
         return self

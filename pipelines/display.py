@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """How long it will take yet, once that can be told."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{super().render(task)} left" if task.time_remaining else "", style="cyan")
 
 
 class Display:
@@ -17,6 +25,7 @@ class Display:
             TextColumn("{task.description:>14}"),
             BarColumn(20),
             TimeElapsedColumn(),
+            _TimeLeft(),
             TextColumn("[dim]{task.fields[text]}", markup=True),
             console=console,
             transient=True,

@@ -12,7 +12,7 @@ import torch
 
 from components.export.policy import write_version
 from components.training.network import LogisticPolicy
-from contracts.job import BehaviourPolicy, JobError, JobSpec
+from contracts.job import BehaviourPolicy, JobError, JobSpec, PolicyHead
 from simulation.cartpole import ACTIONS, FEATURES, Policy
 
 
@@ -54,7 +54,7 @@ def export_behaviour(policy: BehaviourPolicy, repository: Path, backend: str = "
     return write_version(
         repository,
         behaviour_network(policy),
-        1.0,
+        PolicyHead(),
         features=list(FEATURES),
         actions=list(ACTIONS),
         digest=behaviour_digest(policy),

@@ -12,6 +12,7 @@ import torch
 from components.evaluation import estimators as cpe
 from components.evaluation.fitted_q import FittedQ
 from components.training.bundle import Bundle, read_bundle
+from components.training.network import Head
 from components.transitions import Transitions, load_transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
@@ -172,11 +173,10 @@ class _Evaluator:
 
 
 def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
-    """The served policy's probability of each action, float64 [N, A]: softmax over the possible actions' Q-values."""
+    """The served policy's probability of each action, float64 [N, A], of which those not possible have none."""
     with torch.no_grad():
-        scores = bundle.network(torch.from_numpy(data.state)) / bundle.temperature
-        scores = scores.masked_fill(~torch.from_numpy(data.possible), -torch.inf)
-        return np.asarray(torch.softmax(scores.double(), 1).numpy())
+        scores = bundle.network(torch.from_numpy(data.state)).double()
+        return np.asarray(Head(bundle.head)(scores, torch.from_numpy(data.possible)).numpy())
 
 
 def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:

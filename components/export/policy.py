@@ -15,7 +15,7 @@ from components.export.onnx_policy import check_onnx, export_onnx
 from components.export.repository import DESCRIPTION, MODEL, check_alike, read_policies, version_of, write_config
 from components.training.bundle import read_bundle
 from components.transitions import load_transitions
-from contracts.job import JobSpec
+from contracts.job import JobSpec, PolicyHead
 from contracts.progress import report
 from contracts.stage import read_record, stage
 
@@ -30,7 +30,7 @@ def export_policy(spec: JobSpec, features: str | Path, training: str | Path, out
         facts |= write_version(
             directory / "model_repository",
             bundle.network,
-            bundle.temperature,
+            bundle.head,
             features=bundle.normalization.inputs,
             actions=bundle.actions,
             digest=bundle.digest,
@@ -43,7 +43,7 @@ def export_policy(spec: JobSpec, features: str | Path, training: str | Path, out
 def write_version(
     repository: Path,
     network: nn.Module,
-    temperature: float,
+    head: PolicyHead,
     *,
     features: list[str],
     actions: list[str],
@@ -62,7 +62,7 @@ def write_version(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     path = directory / "model.onnx"
-    policy = export_onnx(network, temperature, len(features), len(actions), path)
+    policy = export_onnx(network, head, len(features), len(actions), path)
     width = len(features)
     extremes = np.array([[np.nan] * width, [0.0] * width, [1e30] * width, [-1e30] * width], np.float32)
     difference = check_onnx(policy, path, np.concatenate([states, extremes]), len(actions), seed=0)
@@ -73,7 +73,7 @@ def write_version(
         "version": version,
         "features": features,
         "actions": actions,
-        "temperature": temperature,
+        "head": head.decisive,
         "onnx_digest": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2))

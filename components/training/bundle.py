@@ -14,7 +14,7 @@ from torch import nn
 
 from components.normalization.spec import NormalizationSpec
 from components.training.learners import build_network
-from contracts.job import Algorithm
+from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
 WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
@@ -28,7 +28,7 @@ class Bundle:
     network: nn.Module  # raw features [B, F] -> a score for each action [B, A]
     normalization: NormalizationSpec
     actions: list[str]
-    temperature: float
+    head: PolicyHead
     provenance: dict[str, Any]
     digest: str
 
@@ -39,7 +39,7 @@ def write_bundle(
     algorithm: Algorithm,
     normalization: NormalizationSpec,
     actions: list[str],
-    temperature: float,
+    head: PolicyHead,
     provenance: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> str:
@@ -55,7 +55,7 @@ def write_bundle(
         "version": VERSION,
         "algorithm": {algorithm.name: algorithm.config.model_dump(by_alias=True)},
         "actions": actions,
-        "temperature": temperature,
+        "head": head.decisive,
     }
     digest = _policy_digest(directory, description)
     description |= {"digest": digest, "weights_digest": weights_digest(directory), "provenance": provenance}
@@ -64,10 +64,10 @@ def write_bundle(
 
 
 def _policy_digest(directory: Path, description: dict[str, Any]) -> str:
-    """SHA-256 over all that decides what the policy does: weights, normalization, network, actions, temperature."""
+    """SHA-256 over all that decides what the policy does: weights, normalization, network, actions, head."""
     digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
     inputs = NormalizationSpec.read(directory / NORMALIZATION).inputs
-    decisive = {name: description[name] for name in ("version", "algorithm", "actions", "temperature")}
+    decisive = {name: description[name] for name in ("version", "algorithm", "actions", "head")}
     digest.update(json.dumps(decisive | {"inputs": inputs}, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -100,7 +100,7 @@ def read_bundle(directory: str | Path) -> Bundle:
         network.eval(),
         normalization,
         description["actions"],
-        description["temperature"],
+        PolicyHead.model_validate(description["head"]),
         description["provenance"],
         description["digest"],
     )

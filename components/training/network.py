@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
+from contracts.job import PolicyHead
 
 
 class NoisyLinear(nn.Linear):
@@ -143,7 +144,36 @@ class ConstrainedNetwork(nn.Module):
 
 
 NEVER = -1e29
-"""Score of an action that is not to be taken: finite, of probability 0, and above that of an impossible one."""
+"""Score of an action that is not to be taken: finite, of probability 0, and above `IMPOSSIBLE`."""
+
+
+class Head(nn.Module):
+    """A policy from scores: the probability of each action. Actions that are not possible have probability 0."""
+
+    def __init__(self, chosen: PolicyHead) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def forward(self, scores: Tensor, possible: Tensor) -> Tensor:
+        """scores float [B, A], possible bool [B, A] -> [B, A], which sum to 1."""
+        allowed = torch.where(possible, scores, IMPOSSIBLE)
+        if self.chosen.policy == "softmax":
+            return torch.softmax(allowed / self.chosen.temperature, 1)
+        if self.chosen.policy == "threshold":
+            # As sigmoid(second - first) >= threshold, but without a sigmoid that rounds to 1.
+            level = math.log(self.chosen.threshold / (1 - self.chosen.threshold))
+            best = (allowed[:, 1:2] - allowed[:, 0:1] >= level).to(torch.int64)
+        else:
+            best = allowed.argmax(1, keepdim=True)
+        greedy = torch.zeros_like(allowed).scatter(1, best, 1.0)
+        if self.chosen.policy != "epsilonGreedy":
+            return greedy
+        uniform = possible.to(allowed.dtype)
+        uniform = uniform / uniform.sum(1, keepdim=True).clamp(min=1.0)
+        return (1 - self.chosen.epsilon) * greedy + self.chosen.epsilon * uniform
+
+
+IMPOSSIBLE = -1e30
 
 
 class LogisticPolicy(nn.Module):

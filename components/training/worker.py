@@ -166,10 +166,18 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
             chosen = q.gather(1, store.action[probe].unsqueeze(1)).squeeze(1)
             mc_loss = (chosen - monte_carlo[probe]).abs().mean().item()
             epoch = (step - 1) // per_epoch + 1
-            point = {"step": step, "epoch": epoch, "td_loss": td_loss, "mc_loss": mc_loss, "q_mean": q_mean.item()}
-            losses.write(json.dumps(point) + "\n")
-            for name in ("td_loss", "mc_loss", "q_mean"):
-                board.add_scalar(name, point[name], step)
+            gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+            figures = {
+                "td_loss": td_loss,
+                "mc_loss": mc_loss,
+                "q_mean": q_mean.item(),
+                "q_stddev": chosen.std().item(),
+                "q_maximum": q.max().item(),
+                "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(),
+            }
+            losses.write(json.dumps({"step": step, "epoch": epoch} | figures) + "\n")
+            for name, figure in figures.items():
+                board.add_scalar(name, figure, step)
             if step % per_epoch == 0:
                 frequencies = torch.bincount(q.argmax(1), minlength=len(spec.actions)) / len(probe)
                 for name, frequency in zip(spec.actions, frequencies.tolist(), strict=True):
@@ -181,7 +189,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
             last = epoch == spec.training.epochs
             for directory in [output / "epochs" / f"{epoch:03d}"] + ([output / "policy"] if last else []):
                 write_bundle(
-                    directory, network, algorithm, normalization, list(spec.actions), spec.export.temperature,
+                    directory, network, algorithm, normalization, list(spec.actions), spec.export,
                     provenance | {"epoch": epoch}, trainer.optimizer if last else None,
                 )  # fmt: skip
             save_checkpoint(trainer, epoch, output / CHECKPOINTS)

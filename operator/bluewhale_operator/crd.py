@@ -104,6 +104,11 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "data.features.actionKey stands for a discrete action's name",
             "data",
         ),
+        Rule(
+            "self.export.policy != 'threshold' || self.actions.size() <= 2",
+            "export.policy threshold is for two actions",
+            "export",
+        ),
         Rule("self.actions.all(a, self.actions.exists_one(b, a == b))", "actions must be distinct", "actions"),
         Rule(
             "has(self.simulation) != (self.data.?decisionLog.orValue('') != '')",

@@ -18,7 +18,7 @@ from pipelines.pipeline import SECTIONS, STAGES, parameters
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 COMMANDS = (
     "run", "compile", "log", "timeline", "features", "normalize", "understand", "train", "evaluate", "export",
-    "serve", "rollout", "simulate",
+    "serve", "rollout", "simulate", "reproduce",
 )  # fmt: skip
 
 
@@ -65,6 +65,13 @@ def test_a_stage_without_the_one_before_says_so(run, command):
     done = run(command, EXAMPLE)
     assert done.exit_code == 1
     assert "run the stage before this one" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--log", "--algorithm"])
+def test_the_results_table_tells_what_rows_and_columns_there_are(run, option):
+    done = run("reproduce", option, "none")
+    assert done.exit_code == 2
+    assert ("random, mixed, mediocre" if option == "--log" else "3-step CQL") in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("command", ["simulate", "rollout"])

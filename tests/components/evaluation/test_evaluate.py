@@ -17,7 +17,7 @@ from components.training.bundle import read_bundle, write_bundle
 from components.training.learners import build_network
 from components.transitions import Transitions, load_transitions
 from contracts.hashing import unit_interval
-from contracts.job import DQN, ESTIMATORS, Algorithm, Gate, JobSpec
+from contracts.job import DQN, ESTIMATORS, Algorithm, Gate, JobSpec, PolicyHead
 from contracts.stage import StageError, read_record, stage
 from tests.components.evaluation.tabular_mdp import TabularMdp
 
@@ -147,7 +147,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.manual_seed(epoch)
             algorithm = Algorithm(dqn=DQN(hiddenLayers=[8]))
             network = build_network(algorithm, normalization, 2)
-            write_bundle(directory / "epochs" / f"{epoch:03}", network, algorithm, normalization, SPEC.actions, 1.0, {})
+            write_bundle(
+                directory / "epochs" / f"{epoch:03}", network, algorithm, normalization, SPEC.actions, PolicyHead(), {}
+            )
     return root
 
 
@@ -243,7 +245,7 @@ def test_the_served_policy_is_a_softmax_over_the_possible_actions(stages: Path) 
     data = held_out(stages)
     possible = data.possible.copy()
     possible[::2, 0] = False
-    found = propensities(replace(bundle, temperature=0.5), replace(data, possible=possible))
+    found = propensities(replace(bundle, head=PolicyHead(temperature=0.5)), replace(data, possible=possible))
     with torch.no_grad():
         q = bundle.network(torch.from_numpy(data.state)).double().numpy()
     wanted = 1 / (1 + np.exp((q[:, 1] - q[:, 0]) / 0.5))

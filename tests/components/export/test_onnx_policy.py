@@ -10,13 +10,14 @@ import pytest
 import torch
 from onnx import numpy_helper
 from scipy import stats
+from scipy.special import softmax
 from torch import nn
 
 from components.export.onnx_policy import OUTPUTS, TOLERANCE, ServedPolicy, check_onnx, export_onnx
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.learners import build_network
-from components.training.network import LogisticPolicy, Normalized
-from contracts.job import Algorithm
+from components.training.network import Head, LogisticPolicy, Normalized
+from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
 
@@ -37,6 +38,7 @@ SPEC = NormalizationSpec(
         feature("f", "probability", mean=0.5, stddev=1.5),
     ],
 )
+AT_07 = PolicyHead(temperature=0.7)
 EXTREMES = np.array([[v] * 7 for v in (np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, 1e30, -1e30)], np.float32)
 
 
@@ -71,13 +73,13 @@ def states(rows: int, features: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def q_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = tmp_path_factory.mktemp("q") / "model.onnx"
-    return Exported(export_onnx(q_network(), 0.7, 7, 3, path), path, 7, 3, 0.7)
+    return Exported(export_onnx(q_network(), AT_07, 7, 3, path), path, 7, 3, 0.7)
 
 
 @pytest.fixture(scope="module")
 def logistic_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = tmp_path_factory.mktemp("logistic") / "model.onnx"
-    return Exported(export_onnx(LogisticPolicy([0.4, -1.0], 0.2), 1.0, 2, 2, path), path, 2, 2, 1.0)
+    return Exported(export_onnx(LogisticPolicy([0.4, -1.0], 0.2), PolicyHead(), 2, 2, path), path, 2, 2, 1.0)
 
 
 @pytest.fixture(params=["q_policy", "logistic_policy"])
@@ -105,15 +107,50 @@ def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Ex
 def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network = build_network(Algorithm.model_validate(algorithm), SPEC, 3).eval()
-    policy = export_onnx(network, 0.7, 7, 3, tmp_path / "model.onnx")
+    policy = export_onnx(network, AT_07, 7, 3, tmp_path / "model.onnx")
     every = np.concatenate([states(1000, 7), EXTREMES])
     assert check_onnx(policy, tmp_path / "model.onnx", every, 3, seed=0) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("head", "wanted"),
+    [
+        # Scores 1, 3, 2 and 1, 9, 2 of which the second is not possible.
+        ({"policy": "greedy"}, [[0, 1, 0], [0, 0, 1]]),
+        ({"policy": "epsilonGreedy", "epsilon": 0.3}, [[0.1, 0.8, 0.1], [0.15, 0, 0.85]]),
+        ({"policy": "softmax", "temperature": 0.5}, [[*softmax([2.0, 6.0, 4.0])], [*softmax([2.0, -1e9, 4.0])]]),
+    ],
+    ids=str,
+)
+def test_a_head_says_how_an_action_is_chosen(head: dict[str, Any], wanted: list[list[float]]) -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [1.0, 9.0, 2.0]])
+    possible = torch.tensor([[True, True, True], [True, False, True]])
+    found = Head(PolicyHead.model_validate(head))(scores, possible)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(("advantage", "second"), [(1.3, 0.0), (1.4, 1.0), (-5.0, 0.0), (200.0, 1.0)])
+def test_a_threshold_is_reached_by_the_sigmoid_of_the_seconds_advantage(advantage: float, second: float) -> None:
+    head = Head(PolicyHead(policy="threshold", threshold=0.8))  # sigmoid(1.3863) = 0.8
+    both = torch.tensor([[True, True]])
+    assert head(torch.tensor([[2.0, 2.0 + advantage]]), both).tolist() == [[1 - second, second]]
+    assert head(torch.tensor([[2.0, 2.0 + advantage]]), torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]
+    assert head(torch.tensor([[2.0, 2.0 + advantage]]), torch.tensor([[False, True]])).tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("policy", ["greedy", "epsilonGreedy", "threshold"])
+def test_a_graph_chooses_as_its_head_does(tmp_path: Path, policy: str) -> None:
+    actions = 2 if policy == "threshold" else 3
+    network = build_network(Algorithm.model_validate({"dqn": {}}), SPEC, actions).eval()
+    made = export_onnx(network, PolicyHead.model_validate({"policy": policy}), 7, actions, tmp_path / "model.onnx")
+    every = np.concatenate([states(1000, 7), EXTREMES])
+    assert check_onnx(made, tmp_path / "model.onnx", every, actions, seed=0) <= TOLERANCE
 
 
 def test_an_impossible_action_is_not_taken_in_place_of_one_that_the_log_never_takes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = build_network(Algorithm.model_validate({"bcq": {"threshold": 1.0}}), SPEC, 3).eval()
-    policy = export_onnx(network, 1.0, 7, 3, tmp_path / "model.onnx")
+    policy = export_onnx(network, PolicyHead(), 7, 3, tmp_path / "model.onnx")
     exported = Exported(policy, tmp_path / "model.onnx", 7, 3, 1.0)
     rows = states(64, 7)
     best = exported.run(rows, np.zeros((64, 1)), np.ones((64, 3), bool))["greedy_action"]
@@ -194,12 +231,12 @@ def refused(policy: ServedPolicy, path: Path) -> str:
 
 
 def test_the_graph_of_another_network_is_refused(q_policy: Exported) -> None:
-    other = ServedPolicy(q_network(seed=1), 0.7).eval()
+    other = ServedPolicy(q_network(seed=1), AT_07).eval()
     assert "q_values of the ONNX graph differs from torch" in refused(other, q_policy.path)
 
 
 def test_the_graph_at_another_temperature_is_refused(q_policy: Exported) -> None:
-    other = ServedPolicy(q_policy.policy.network, 0.8).eval()
+    other = ServedPolicy(q_policy.policy.network, PolicyHead(temperature=0.8)).eval()
     assert "propensities of the ONNX graph differs from torch" in refused(other, q_policy.path)
 
 

@@ -15,6 +15,7 @@ from components.export.onnx_policy import ServedPolicy
 from components.export.policy import write_version
 from components.export.repository import read_policies, version_of, write_config
 from components.training.network import LogisticPolicy
+from contracts.job import PolicyHead
 from contracts.stage import StageError
 
 FIRST, SECOND = "0000001" + "a" * 57, "fffffff" + "b" * 57
@@ -27,7 +28,7 @@ def write(repository: Path, digest: str, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     given |= changes
     weights = [0.5] * len(given["features"])
-    return write_version(repository, LogisticPolicy(weights, 0.1), 1.0, digest=digest, **given)
+    return write_version(repository, LogisticPolicy(weights, 0.1), PolicyHead(), digest=digest, **given)
 
 
 def config(repository: Path) -> str:
@@ -71,7 +72,7 @@ def test_a_policy_is_described(repository: Path) -> None:
         "version": 2,
         "features": ["x", "y"],
         "actions": ["left", "right"],
-        "temperature": 1.0,
+        "head": {"policy": "softmax", "temperature": 1.0},
         "onnx_digest": hashlib.sha256(graph).hexdigest(),
     }
 
@@ -112,7 +113,7 @@ def test_the_onnxruntime_backend_needs_no_python_model(tmp_path: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout alone: no graph is made or checked."""
 
-    def export(network: torch.nn.Module, temperature: float, features: int, actions: int, path: Path) -> None:
+    def export(network: torch.nn.Module, head: PolicyHead, features: int, actions: int, path: Path) -> None:
         path.write_text("graph")
 
     monkeypatch.setattr(module, "export_onnx", export)
@@ -174,7 +175,7 @@ def test_states_on_which_the_graph_fails_are_found_before_the_policy_is_describe
 ) -> None:
     def other(network: torch.nn.Module, *rest: Any) -> Any:
         real(network, *rest)
-        return ServedPolicy(LogisticPolicy([0.5, -0.5], 0.1), 1.0)
+        return ServedPolicy(LogisticPolicy([0.5, -0.5], 0.1), PolicyHead())
 
     real = module.export_onnx
     monkeypatch.setattr(module, "export_onnx", other)

@@ -14,7 +14,7 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training.bundle import OPTIMIZER, WEIGHTS, read_bundle, write_bundle
 from components.training.learners import Batch, build_learner, build_network
 from components.training.trainer import Trainer
-from contracts.job import Algorithm
+from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
 FEATURES = [
@@ -57,7 +57,7 @@ def write(directory: Path, **changes: Any) -> str:
         "algorithm": ALGORITHM,
         "normalization": SPEC,
         "actions": ACTIONS,
-        "temperature": 0.5,
+        "head": PolicyHead(temperature=0.5),
         "provenance": {"seed": 1},
     }
     return write_bundle(directory, **(given | changes))
@@ -74,7 +74,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path, made: Algorithm) -> 
     assert bundle.digest == digest
     assert bundle.normalization == SPEC
     assert bundle.actions == ACTIONS
-    assert bundle.temperature == 0.5
+    assert bundle.head == PolicyHead(temperature=0.5)
     assert bundle.provenance == {"seed": 1}
 
 
@@ -88,7 +88,8 @@ def test_the_same_policy_has_the_same_digest_wherever_it_came_from(tmp_path: Pat
     [
         {"network": network(seed=1)},
         {"actions": ["left", "stay", "right"]},
-        {"temperature": 0.6},
+        {"head": PolicyHead(temperature=0.6)},
+        {"head": PolicyHead(policy="greedy")},
         {"algorithm": algorithm(learningRate=0.01, double=False)},
     ],
     ids=lambda c: next(iter(c)),

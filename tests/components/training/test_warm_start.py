@@ -14,7 +14,7 @@ from components.training.learners import Batch, build_learner, build_network
 from components.training.network import Normalized
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
-from contracts.job import Algorithm
+from contracts.job import Algorithm, PolicyHead
 
 ACTIONS = ["left", "right"]
 
@@ -57,7 +57,7 @@ def bundle(tmp_path: Path, algorithm: dict[str, Any]) -> Path:
     for _ in range(3):
         learn(trainer, network, torch.tensor([[0.5, 1.0], [3.0, 2.0]]))
     made = Algorithm.model_validate(algorithm)
-    write_bundle(tmp_path / "bundle", network, made, BEFORE, ACTIONS, 1.0, {}, trainer.optimizer)
+    write_bundle(tmp_path / "bundle", network, made, BEFORE, ACTIONS, PolicyHead(), {}, trainer.optimizer)
     return tmp_path / "bundle"
 
 

@@ -111,6 +111,11 @@ CASES = [
         job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "keys": ["j", "k"]}}),
         job(data={"decisionLog": "l", "features": {"repository": "r", "service": "s", "keys": ["k", "k"]}}),
     ),
+    Case(
+        "export.policy threshold is for two actions",
+        job(export={"policy": "threshold"}),
+        job(export={"policy": "threshold"}, actions=["a", "b", "c"]),
+    ),
     Case("actions must be distinct", job(actions=["a", "b", "c"]), job(actions=["a", "b", "a"])),
     Case("set either simulation or data.decisionLog", job(simulation=SIMULATION, data={}), job(simulation=SIMULATION)),
     Case("set either simulation or data.decisionLog", job(), job(data={"decisionLog": ""})),
