@@ -12,7 +12,7 @@ REGISTRY ?= ghcr.io/bluewhale-rl
 TAG ?= 0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run open-bandit test bench lint format crds images lock clean
+.PHONY: help install run open-bandit test bench reproduce lint format crds images lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,11 +30,15 @@ open-bandit: install ## Fetch real data, run manifests/examples/open-bandit.yaml
 	$(BIN)/bluewhale run manifests/examples/open-bandit.yaml || test $$? -eq 3  # 3: the gate stopped the policy
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py compare
 
-bench: install $(OTHER_ENGINES)/.installed ## Measure timeline and normalization against bare jobs and other engines (ROWS, REPEATS)
+bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization and training against bare jobs and other engines (ROWS, REPEATS)
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats $(or $(REPEATS),3) \
 	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),3)
+
+reproduce: install ## Train every algorithm on logs of CartPole-v1, over SEEDS seeds, and print what the policies earn
+	$(BIN)/bluewhale reproduce --seeds $(or $(SEEDS),10)
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

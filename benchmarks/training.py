@@ -12,10 +12,10 @@ reaches here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def ours(data: Store, features: int, batch: int, precision: str) -> Step:
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
     trainer = Trainer(learner, algorithm.config.learning_rate)
-    steps = iter(torch.from_numpy(permuted_batches(data.usable, batch, 50_000 * 256 // batch, 0, 0, 1)))
+    steps = itertools.cycle(torch.from_numpy(permuted_batches(data.usable, batch, 50_000 * 256 // batch, 0, 0, 1)))
     losses: list[Tensor] = []
 
     def step() -> None:
@@ -80,7 +80,7 @@ def by_hand(data: Store, features: int, batch: int) -> Step:
 
     def network() -> nn.Sequential:
         layers = (features, HIDDEN, HIDDEN)
-        parts = [part for a, b in pairwise(layers) for part in (nn.Linear(a, b), nn.ReLU())]
+        parts = [part for a, b in itertools.pairwise(layers) for part in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*parts, nn.Linear(HIDDEN, ACTIONS))
 
     q, slow = network(), network().requires_grad_(False)

@@ -273,7 +273,7 @@ class Understanding(Model):
     )
 
 
-class Learner(Model):
+class LearnerConfig(Model):
     """What all algorithms have: a network, and the optimizer that trains it."""
 
     hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
@@ -282,14 +282,14 @@ class Learner(Model):
     learning_rate: Positive = Field(1e-3, description="Adam's.")
 
 
-class QLearning(Learner):
+class QLearning(LearnerConfig):
     """What all learners of action values have."""
 
     double: bool = Field(
         True, description="Let the online network choose the next action, the target network value it."
     )
     dueling: bool = Field(True, description="Learn the state's value apart from the actions' advantages.")
-    noisy: bool = Field(False, description="Noise on the weights, learned with them, in place of chance in actions.")
+    noisy: bool = Field(False, description="Noise on the weights in training, whose size is learned with them.")
     next_action: Literal["best", "logged"] = Field(
         "best", description="Whose value a target adds: that of the best possible action, or of the logged one (SARSA)."
     )
@@ -337,7 +337,7 @@ class BCQ(QLearning):
     )
 
 
-class BehaviourCloning(Learner):
+class BehaviourCloning(LearnerConfig):
     """The logged policy itself, learned: the baseline to beat."""
 
 
@@ -371,9 +371,9 @@ class Algorithm(Model):
         return next(to_camel(name) for name, value in self if value is not None)
 
     @property
-    def config(self) -> Learner:
+    def config(self) -> LearnerConfig:
         """What that field says."""
-        config: Learner = next(value for _, value in self if value is not None)
+        config: LearnerConfig = next(value for _, value in self if value is not None)
         return config
 
 

@@ -240,7 +240,8 @@ _NOTES = (CORRUPT, UNREADABLE)
 def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
     """Add `state`, an array, and `tie`, a hash of all else, which order rows at the same step and instant.
 
-    So the same one of them stays whenever it is asked. `odd` is a state without the usual order of its names.
+    So the same one of them stays whenever it is asked; a feature that is null and one that is absent are alike. `odd`
+    is a state without the usual order of its names.
     """
     values, odd = state.in_usual_order("state_features", plan.features)
     rows = used.withColumns({"values": values, "odd": odd})

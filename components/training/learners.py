@@ -13,7 +13,7 @@ from torch.nn import functional
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
 from components.training.network import (
-    NEVER,
+    IMPOSSIBLE,
     CategoricalNetwork,
     ConstrainedNetwork,
     Normalized,
@@ -31,7 +31,7 @@ class Batch:
     action: Tensor  # int64 [B]
     possible: Tensor | None  # bool [B, A]; None where all actions are
     reward: Tensor  # float32 [B], the discounted sum over the decisions
-    next_state: Tensor  # float32 [B, F]; any value where terminal
+    next_state: Tensor  # float32 [B, F]; any finite value where terminal
     next_action: Tensor  # int64 [B], the logged one
     next_possible: Tensor | None  # bool [B, A]; likewise
     terminal: Tensor  # bool [B]
@@ -47,6 +47,11 @@ class Learner(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def values(self, state: Tensor) -> Tensor:
+        """What is learned of each action, [B, F] -> [B, A], whether it is to be taken or not."""
+        found: Tensor = self.network(state)
+        return found
 
     def compute_in(self, precision: str) -> None:
         """Compute the hidden layers in `float32` or `bfloat16`."""
@@ -74,7 +79,8 @@ class DQNLearner(Learner):
     """Deep Q-learning (Mnih et al. 2015): Huber's loss of Q(s, a) against r + discount * Q'(s', a').
 
     Q' follows Q slowly. a' is the best action at s' by Q when double (van Hasselt et al. 2016, arXiv 1509.06461,
-    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen.
+    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen. Q' has no
+    noise where layers are noisy.
     """
 
     def __init__(self, network: nn.Module, config: job.QLearning) -> None:
@@ -127,8 +133,8 @@ class CQLLearner(DQNLearner):
 class BCQLearner(DQNLearner):
     """Batch-constrained Q-learning for discrete actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
 
-    A model of the logged policy, learned with the values, says which actions may be chosen. Where an action that it
-    would take is not possible, another that is possible stands in.
+    A model of the logged policy, learned with the values, says which actions may be chosen. Where none of them is
+    possible, the likeliest that is stands in.
     """
 
     network: ConstrainedNetwork
@@ -150,8 +156,11 @@ class BCQLearner(DQNLearner):
         if self.config.next_action == "logged":
             return batch.next_action
         scores = self.network.values(batch.next_state) if self.config.double else by_target
-        logits = _possible_only(self.network.imitation(batch.next_state), batch.next_possible)
-        return self.network.constrained(scores, logits).argmax(1)
+        chosen = self.network.constrained(scores, self.network.imitation(batch.next_state))
+        return _possible_only(chosen, batch.next_possible).argmax(1)
+
+    def values(self, state: Tensor) -> Tensor:
+        return self.network.values(state)
 
 
 class C51Learner(DQNLearner):
@@ -210,7 +219,7 @@ def _of(scores: Tensor, action: Tensor) -> Tensor:
 
 
 def _possible_only(scores: Tensor, possible: Tensor | None) -> Tensor:
-    return scores if possible is None else torch.where(possible, scores, NEVER)
+    return scores if possible is None else torch.where(possible, scores, IMPOSSIBLE)
 
 
 def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, actions: int) -> Normalized:
@@ -219,7 +228,7 @@ def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, ac
     return Normalized(graph, _network(algorithm.config, graph.outputs, actions))
 
 
-def _network(config: job.Learner, inputs: int, actions: int) -> nn.Module:
+def _network(config: job.LearnerConfig, inputs: int, actions: int) -> nn.Module:
 
     def network(outputs: int | None = None) -> QNetwork:
         heads = {"dueling": config.dueling, "noisy": config.noisy} if isinstance(config, job.QLearning) else {}

@@ -22,7 +22,7 @@ class NoisyLinear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.weight_noise = nn.Parameter(torch.full((outputs, inputs), 0.5 / inputs))
+        self.weight_noise = nn.Parameter(torch.full((outputs, inputs), 0.5 / inputs**0.5))
         self.bias_noise = nn.Parameter(torch.full((outputs,), 0.5 / inputs**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,10 +125,11 @@ class QuantileNetwork(nn.Module):
 
 
 class ConstrainedNetwork(nn.Module):
-    """Q-values of the actions that the log would take, and `NEVER` for the others.
+    """Q-values of the actions that the log would take; others score `NEVER` and less, the less likely the lower.
 
-    Those whose probability, by a model of the logged policy, is at least `threshold` times that of the likeliest
-    (Fujimoto et al. 2019, arXiv 1910.01708, equation 19).
+    So where none of the former is possible, the likeliest of the others is left. The log would take those whose
+    probability, by a model of its policy, is at least `threshold` times that of the likeliest (Fujimoto et al. 2019,
+    arXiv 1910.01708, equation 19).
     """
 
     def __init__(self, values: QNetwork, imitation: QNetwork, threshold: float) -> None:
@@ -140,10 +141,11 @@ class ConstrainedNetwork(nn.Module):
         return self.constrained(self.values(x), self.imitation(x))
 
     def constrained(self, values: Tensor, logits: Tensor) -> Tensor:
-        return torch.where(logits - logits.amax(1, keepdim=True) >= self.floor, values, NEVER)
+        behind = logits - logits.amax(1, keepdim=True)
+        return torch.where(behind >= self.floor, values, NEVER * (1 - behind / 1e3))
 
 
-NEVER = -1e29
+NEVER = -1e26
 """Score of an action that is not to be taken: finite, of probability 0, and above `IMPOSSIBLE`."""
 
 

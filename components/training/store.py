@@ -44,16 +44,18 @@ class Store:
         )
 
 
-def build_store(data: Transitions, normalization: nn.Module, reward: Reward, steps: int = 1) -> Store:
+def build_store(
+    data: Transitions, normalization: nn.Module, reward: Reward, steps: int = 1, everything: bool = False
+) -> Store:
     """Transitions over `steps` decisions each, of the reward that the job weighs; over fewer where an MDP ends before,
-    or where what followed is not in the log."""
+    or where what followed is not in the log. With `everything`, rows of which nothing more is known are usable too."""
     rewards = data.reward(reward.metric_weights)
     over = over_steps(rewards, data.discount(reward), data.next_row, data.terminal, data.truncated, steps)
     with torch.no_grad():
         parts = [normalization(torch.from_numpy(data.state[i : i + CHUNK])) for i in range(0, len(data), CHUNK)]
     possible = None if data.possible.all() else torch.from_numpy(data.possible)
     action, total, next_row, terminal, discount = map(torch.from_numpy, (data.action, *over))
-    usable = np.flatnonzero(~data.truncated)
+    usable = np.flatnonzero(~data.truncated | everything)
     return Store(torch.cat(parts), action, possible, total, next_row, terminal, discount, usable)
 
 
@@ -73,6 +75,8 @@ def over_steps(
     for _ in range(steps - 1):
         following = next_row[last]
         known = ~terminal[last] & ~truncated[last] & ~truncated[following]
+        if not known.any():
+            break
         total += np.where(known, factor * reward[following], 0)
         factor *= np.where(known, discount[following], 1)
         last = np.where(known, following, last)

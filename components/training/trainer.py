@@ -11,19 +11,12 @@ from components.training.learners import Batch, Learner
 
 
 class Trainer:
-    """Lowers a learner's loss by Adam (Kingma and Ba 2015).
+    """Lowers a learner's loss by Adam (Kingma and Ba 2015)."""
 
-    `distributed` calls the same learner and averages gradients over the workers.
-    """
-
-    def __init__(
-        self,
-        learner: Learner,
-        learning_rate: float,
-        distributed: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, learner: Learner, learning_rate: float) -> None:
         self.learner = learner
-        self.call = distributed or learner
+        self.call: Callable[[Batch], tuple[Tensor, Tensor]] = learner
+        """The learner, or what calls it and averages gradients over the workers."""
         # Fused: one pass over the weights, where a step of a small network is mostly the calls that it makes.
         self.optimizer = torch.optim.Adam(learner.network.parameters(), lr=learning_rate, fused=True)
 
@@ -31,7 +24,7 @@ class Trainer:
         """Update the network; returns the loss and the mean score of the logged actions, both scalars."""
         loss, score = self.call(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.learner.follow()
         return loss.detach(), score

@@ -1,11 +1,13 @@
 """One training worker; torchrun starts as many as the job says. Rank 0 reports, logs and writes the bundles."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +27,17 @@ from components.training.store import build_store
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
 from components.transitions import Transitions, load_transitions
-from contracts.job import JobSpec, Learner, QLearning
+from contracts.job import C51, BehaviourCloning, JobSpec, LearnerConfig, QLearning
 from contracts.progress import report
 from contracts.stage import StageError, code_version, digest_files
 
 LOG_EVERY = 50
 CHECKPOINTS = "checkpoints"
 RUNAWAY = 3.0
-"""Times what rewards can sum to: values beyond it are not late, but wrong."""
+"""Times what rewards can sum to: a value beyond it feeds on itself."""
 
 
-def check_fits(data: Transitions, algorithm: Learner) -> None:
+def check_fits(data: Transitions, algorithm: LearnerConfig) -> None:
     """Raise `StageError` for a log that the algorithm cannot learn from."""
     taken = np.bincount(data.action, minlength=len(data.actions))
     if (taken > 0).sum() == 1:
@@ -52,8 +54,11 @@ def check_fits(data: Transitions, algorithm: Learner) -> None:
 
 
 def check_converges(score: float, loss: float, most: float, step: int) -> None:
-    """Raise `StageError` when the values have left all that the log's rewards could sum to, which `most` is."""
-    if math.isfinite(loss) and abs(score) <= RUNAWAY * most:
+    """Raise `StageError` when values have left all that the log's rewards could sum to, which `most` is.
+
+    A network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything.
+    """
+    if math.isfinite(loss) and abs(score) <= RUNAWAY * max(most, 1.0):
         return
     raise StageError(
         f"training diverges: at step {step:,} the mean value of the logged actions is {score:.3g} and the loss "
@@ -109,11 +114,14 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     data, _ = load_transitions(features, spec).split(spec)
     algorithm = spec.algorithm
     check_fits(data, algorithm.config)
-    most = _most(data, spec) if isinstance(algorithm.config, QLearning) else math.inf
+    # Fixed atoms bound the values themselves.
+    bounded = not isinstance(algorithm.config, QLearning) or isinstance(algorithm.config, C51)
+    most = math.inf if bounded else _most(data, spec)
     monte_carlo = torch.from_numpy(data.returns @ data.weight_vector(spec.reward.metric_weights))
     network = build_network(algorithm, normalization, len(spec.actions))
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
-    store = build_store(data, network.normalization, spec.reward, looks_ahead)
+    everything = isinstance(algorithm.config, BehaviourCloning)
+    store = build_store(data, network.normalization, spec.reward, looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
         raise StageError(
@@ -122,19 +130,22 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         )
     learner = build_learner(algorithm, network)
     learner.compute_in(spec.training.precision)
-    distributed = DistributedDataParallel(learner, forward_sync_buffers=False)
-    trainer = Trainer(learner, algorithm.config.learning_rate, distributed)
+    trainer = Trainer(learner, algorithm.config.learning_rate)
     started_from = None
     if warm_start:
         started_from = start_from(warm_start, network, trainer.optimizer, normalization, list(spec.actions))
         learner.catch_up()
+    finished = load_checkpoint(trainer, output / CHECKPOINTS)
+    check_alike(trainer, finished)
+    distributed = DistributedDataParallel(learner, forward_sync_buffers=False)
+    trainer.call = distributed
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     batches = torch.from_numpy(
         permuted_batches(usable, spec.training.batch_size, steps, spec.seed, rank, workers).astype(np.int64)
     )
     distributed.register_comm_hook(batches.shape[1] / spec.training.batch_size, whole_batch_gradients)
-    finished = _resume(trainer, output, rank, spec.training.epochs)
+    _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(usable[np.linspace(0, len(usable) - 1, min(4096, len(usable))).astype(int)])
     provenance = {
         "seed": spec.seed,
@@ -161,7 +172,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
             check_converges(q_mean.item(), td_loss, most, step)
             network.eval()
             with torch.no_grad():
-                q = network.network(store.state[probe])
+                q = learner.values(store.state[probe])
             network.train()
             chosen = q.gather(1, store.action[probe].unsqueeze(1)).squeeze(1)
             mc_loss = (chosen - monte_carlo[probe]).abs().mean().item()
@@ -205,9 +216,20 @@ def _most(data: Transitions, spec: JobSpec) -> float:
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 
-def _resume(trainer: Trainer, output: Path, rank: int, epochs: int) -> int:
-    """Take training up where other workers left it; returns how many epochs are finished."""
-    finished = load_checkpoint(trainer, output / CHECKPOINTS)
+def check_alike(trainer: Trainer, finished: int) -> None:
+    """Raise `StageError` when workers begin with different weights or epochs: one has read what another has not."""
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in trainer.state().values())).hexdigest()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (finished, digest))
+    if len(set(found)) > 1:
+        raise StageError(
+            f"workers begin after epochs {', '.join(str(epoch) for epoch, _ in found)} with different weights: they do "
+            "not see the same files; the volume must be shared and consistent"
+        )
+
+
+def _clear_up(output: Path, rank: int, finished: int, epochs: int) -> None:
+    """Take away what came after the epochs that are finished."""
     # No worker may save before all have read.
     dist.barrier()
     if rank == 0:
@@ -217,7 +239,6 @@ def _resume(trainer: Trainer, output: Path, rank: int, epochs: int) -> int:
         broken_off = [d for d in (output / "epochs").glob("*") if int(d.name) > finished]
         for directory in broken_off + ([output / "policy"] if finished < epochs else []):
             shutil.rmtree(directory, ignore_errors=True)
-    return finished
 
 
 def _epoch(line: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -442,3 +443,18 @@ def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path)
         frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait)
         assert [row["metrics"]["reward"] for row in frame.collect()] == [expected]
         assert counts["late"] == late
+
+
+def test_rows_are_sorted_once_before_all_that_takes_their_order_for_granted(spark, tmp_path):
+    """What goes by (mdp_id, sequence_number) sees the rows of a step in their full order: nothing sorts in between."""
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision("a"), decision("b")]))
+    job = spec(data={"minLength": 2, "nSteps": [2]}, reward={"discountInterval": 2.0})
+    numbered, plan = placed(log, job)
+    frame = add_what_followed(numbered, job, plan)
+    plan_text = frame._sc._jvm.PythonSQLUtils.explainString(frame._jdf.queryExecution(), "simple")
+    operators = re.findall(r"^[ +:-]*(Sort|Window|Exchange)\b.*$", plan_text, re.MULTILINE)
+    # From the last to the first: the order that is written, windows, the one order below them, the one exchange.
+    assert operators == ["Sort", *["Window"] * (len(operators) - 3), "Sort", "Exchange"]
+    sorts = [line for line in plan_text.splitlines() if re.match(r"^[ +:-]*Sort\b", line)]
+    assert "tie" in sorts[-1]
+    assert "state" in sorts[-1]

@@ -21,9 +21,9 @@ from components.training.learners import (
     build_learner,
     build_network,
 )
-from components.training.network import NEVER, CategoricalNetwork, ConstrainedNetwork, QuantileNetwork
+from components.training.network import NEVER, CategoricalNetwork, ConstrainedNetwork, Head, QuantileNetwork
 from components.training.trainer import Trainer
-from contracts.job import BCQ, C51, CQL, DQN, QRDQN, Algorithm
+from contracts.job import BCQ, C51, CQL, DQN, QRDQN, Algorithm, PolicyHead
 
 
 class Table(nn.Module):
@@ -250,7 +250,7 @@ def test_behaviour_cloning_learns_the_logged_probabilities() -> None:
 
 def test_bcq_never_takes_what_the_log_does_not() -> None:
     scores, _ = learned({"bcq": {"threshold": 0.3}}, goes_on=0.02)
-    assert (scores[:, 1] == np.float32(NEVER)).all()
+    assert (scores[:, 1] <= np.float32(NEVER)).all()
     assert torch.softmax(torch.from_numpy(scores), 1)[:, 1].max() == 0
     # What remains is the value of never going on: 0.1 for ever.
     np.testing.assert_allclose(scores[:, 0], 0.1 / (1 - DISCOUNT), atol=0.06)
@@ -290,9 +290,27 @@ def test_bcqs_target_is_the_best_action_that_the_log_would_take() -> None:
     made.target.values.load_state_dict(Table(SLOW).state_dict())
     values, imitation = made(batch())[0].item(), np.log(3)
     assert values == pytest.approx(huber(1.0 + 0.5 * 20.0) + imitation)
-    # Where that one is not possible, the best of what is left counts.
+    # Where none that it would take is possible, the likeliest of what is left counts.
     alone = made(batch(possible=[False, True, False]))[0].item()
     assert alone == pytest.approx(huber(1.0 + 0.5 * 30.0) + imitation)
+
+
+def test_bcq_without_a_threshold_still_takes_only_what_is_possible() -> None:
+    made = BCQLearner(ConstrainedNetwork(Table(FAST), Table([[0.0] * 3] * 2), threshold=0.0), BCQ(threshold=0.0))
+    made.target.values.load_state_dict(Table(SLOW).state_dict())
+    loss = made(batch(possible=[True, True, False]))[0].item()
+    assert loss == pytest.approx(huber(1.0 + 0.5 * 30.0) + np.log(3))
+
+
+def test_bcq_serves_the_likeliest_action_where_none_that_it_would_take_is_possible() -> None:
+    # The third is as good as excluded, but the log takes the second far less.
+    network = ConstrainedNetwork(Table([[1.0, 9.0, 5.0]]), Table([[4.0, -3.6, 1.0]]), threshold=0.3)
+    scores = network(torch.tensor([[0.0]]))
+    found = Head(PolicyHead())(scores, torch.tensor([[False, True, True]]))
+    assert found.tolist() == [[0.0, 0.0, 1.0]]
+    torch.testing.assert_close(
+        BCQLearner(network, BCQ()).values(torch.tensor([[0.0]])), torch.tensor([[1.0, 9.0, 5.0]])
+    )
 
 
 @pytest.mark.parametrize(

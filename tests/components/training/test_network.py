@@ -67,6 +67,8 @@ def test_raw_features_are_normalized_before_the_network() -> None:
 def test_a_noisy_layer_is_noisy_in_training_alone_and_learns_how_much() -> None:
     torch.manual_seed(0)
     layer = NoisyLinear(4, 3)
+    assert (layer.weight_noise == 0.25).all()  # 0.5 / sqrt(4)
+    assert (layer.bias_noise == 0.25).all()
     x = torch.randn(5, 4)
     assert not torch.equal(layer(x), layer(x))
     drawn = torch.stack([layer(x) for _ in range(4000)])

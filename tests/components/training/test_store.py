@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from components.training.store import Store, over_steps
+from components.training.store import Store, build_store, over_steps
+from components.transitions import Transitions
+from contracts.job import Reward
 
 # Two MDPs: one of four decisions that ends, one of three that breaks off.
 REWARD = np.array([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0], np.float32)
@@ -53,6 +55,19 @@ def test_a_batch_has_what_follows_each_row() -> None:
     assert batch.next_action.tolist() == [6, 1]
     assert batch.next_possible.tolist() == [[True, False], [True, True]]
     assert batch.reward.tolist() == [2.0, 1.0]
+
+
+def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
+    n = 3
+    data = Transitions(
+        ["x"], ["a", "b"], ["reward"], state=np.ones((n, 1), np.float32), action=np.array([0, 1, 0]),
+        propensity=np.ones(n), possible=np.ones((n, 2), bool), metrics=np.ones((n, 1), np.float32),
+        returns=np.ones((n, 1), np.float32), time_diff=np.ones(n), terminal=np.zeros(n, bool),
+        truncated=np.array([False, True, True]), ordinal=np.ones(n, int), mdp=np.arange(n), mdp_ids=["", "", ""],
+    )  # fmt: skip
+    usable = [build_store(data, torch.nn.Identity(), Reward(), everything=every).usable for every in (False, True)]
+    assert [rows.tolist() for rows in usable] == [[0], [0, 1, 2]]
+    assert build_store(data, torch.nn.Identity(), Reward()).possible is None
 
 
 def test_a_discount_of_its_own_for_each_decision() -> None:

@@ -21,7 +21,7 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training.batches import permuted_batches
 from components.training.worker import CHECKPOINTS, check_converges, check_fits
 from components.transitions import Transitions
-from contracts.job import JobSpec
+from contracts.job import Algorithm, JobSpec
 from contracts.stage import StageError, stage
 
 ROOT = Path(__file__).parents[3]
@@ -118,10 +118,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def started(stages: Path, output: Path, workers: int = 1, **training: Any) -> list[subprocess.Popen[bytes]]:
+def started(
+    stages: Path, output: Path, workers: int = 1, spec: JobSpec = SPEC, **training: Any
+) -> list[subprocess.Popen[bytes]]:
     """Worker processes as torchrun starts them."""
     output.mkdir(exist_ok=True)
-    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update=training)})
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
     (output / "job.json").write_text(spec.model_dump_json(by_alias=True))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -216,3 +218,28 @@ def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) 
 def test_values_within_what_rewards_can_sum_to_go_on() -> None:
     check_converges(250.0, 1e6, 100.0, 50)
     check_converges(1e9, 1e6, float("inf"), 50)
+
+
+def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
+    check_converges(0.05, 0.1, 1e-4, 50)
+    check_converges(0.05, 0.1, 0.0, 50)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"bcq": {"hiddenLayers": [8]}},
+        {"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}},
+        {"behaviourCloning": {"hiddenLayers": [8]}},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_each_algorithm_learns_on_two_workers_what_it_learns_on_one(
+    stages: Path, tmp_path: Path, algorithm: dict[str, Any]
+) -> None:
+    made = SPEC.model_copy(update={"algorithm": Algorithm.model_validate(algorithm)})
+    one, two = (trained(stages, tmp_path / str(n), workers=n, spec=made, epochs=1) for n in (1, 2))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-3)
+    figures = json.loads((tmp_path / "1" / "losses.jsonl").read_text().splitlines()[-1])
+    assert all(abs(figure) < 1e4 for figure in figures.values())
