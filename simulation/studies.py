@@ -101,7 +101,7 @@ def logged(name: str, seed: int) -> Episodes:
         kept = {column: value[:rows] for column, value in vars(played).items()}
         kept["truncated"] = kept["truncated"].copy()
         kept["truncated"][-1] |= kept["metrics"][-1, 1] == 0
-        kept["episode"] = kept["episode"] + sum(int(part.episode[-1]) + 1 for part in parts)
+        kept["episode"] = kept["episode"] + (parts[-1].episode[-1] + 1 if parts else 0)
         parts.append(Episodes(**kept))
     return Episodes(*(np.concatenate([getattr(part, column) for part in parts]) for column in vars(parts[0])))
 

@@ -41,7 +41,7 @@ class Batch:
 class Learner(nn.Module):
     """What a step of an optimizer lowers: a call with a batch returns the loss and the mean score of logged actions.
 
-    `network` maps normalized features to a score for each action; the served policy is a softmax of the scores.
+    `network` maps normalized features to a score for each action, on which the served policy acts.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -229,7 +229,6 @@ def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, ac
 
 
 def _network(config: job.LearnerConfig, inputs: int, actions: int) -> nn.Module:
-
     def network(outputs: int | None = None) -> QNetwork:
         heads = {"dueling": config.dueling, "noisy": config.noisy} if isinstance(config, job.QLearning) else {}
         return QNetwork(inputs, actions, config.hidden_layers, outputs=outputs, **heads)

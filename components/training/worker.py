@@ -217,7 +217,10 @@ def _most(data: Transitions, spec: JobSpec) -> float:
 
 
 def check_alike(trainer: Trainer, finished: int) -> None:
-    """Raise `StageError` when workers begin with different weights or epochs: one has read what another has not."""
+    """Raise `StageError` when workers begin with different weights or epochs: one has read what another has not.
+
+    None goes on, and saves, before all have read.
+    """
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in trainer.state().values())).hexdigest()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (finished, digest))
@@ -230,8 +233,6 @@ def check_alike(trainer: Trainer, finished: int) -> None:
 
 def _clear_up(output: Path, rank: int, finished: int, epochs: int) -> None:
     """Take away what came after the epochs that are finished."""
-    # No worker may save before all have read.
-    dist.barrier()
     if rank == 0:
         losses = output / "losses.jsonl"
         lines = losses.read_text().splitlines(keepends=True) if losses.exists() else []
