@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
 from components.training.batches import permuted_batches
-from components.training.learners import build_learner, build_network
 from components.training.store import Store
 from components.training.trainer import Trainer
 from contracts.job import DQN, Algorithm
 
-ROWS, HIDDEN, ACTIONS, SECONDS, LOOK_EVERY = 100_000, 256, 2, 3.0, 50
+ROWS, HIDDEN, SECONDS, LOOK_EVERY = 100_000, 256, 3.0, 50
 PRECISIONS = ("float32", "bfloat16")
 Step = Callable[[], object]
 
@@ -39,7 +40,7 @@ def store(features: int) -> Store:
     rows = torch.arange(ROWS)
     return Store(
         state=torch.randn(ROWS, features, generator=generator),
-        action=torch.randint(ACTIONS, (ROWS,), generator=generator),
+        action=torch.randint(2, (ROWS,), generator=generator),
         possible=None,
         reward=torch.randn(ROWS, generator=generator),
         next_row=torch.where(ends, rows, (rows + 1).clamp(max=ROWS - 1)),
@@ -58,10 +59,10 @@ def ours(data: Store, features: int, batch: int, precision: str) -> Step:
     spec = NormalizationSpec(inputs=[column.name for column in columns], features=columns)
     algorithm = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False))
     torch.manual_seed(0)
-    network = build_network(algorithm, spec, ACTIONS)
+    network = build_network(algorithm, spec, Actions(["first", "second"]))
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
-    trainer = Trainer(learner, algorithm.config.learning_rate)
+    trainer = Trainer(learner, algorithm.learning_rate)
     steps = itertools.cycle(torch.from_numpy(permuted_batches(data.usable, batch, 50_000 * 256 // batch, 0, 0, 1)))
     losses: list[Tensor] = []
 
@@ -81,7 +82,7 @@ def by_hand(data: Store, features: int, batch: int) -> Step:
     def network() -> nn.Sequential:
         layers = (features, HIDDEN, HIDDEN)
         parts = [part for a, b in itertools.pairwise(layers) for part in (nn.Linear(a, b), nn.ReLU())]
-        return nn.Sequential(*parts, nn.Linear(HIDDEN, ACTIONS))
+        return nn.Sequential(*parts, nn.Linear(HIDDEN, 2))
 
     q, slow = network(), network().requires_grad_(False)
     optimizer = torch.optim.Adam(q.parameters(), fused=True)
@@ -131,7 +132,7 @@ def peak() -> float:
 
 def work(features: int) -> int:
     """Floating-point operations for a transition: three forward passes, and a backward pass of twice one."""
-    weights = features * HIDDEN + HIDDEN * HIDDEN + HIDDEN * ACTIONS
+    weights = features * HIDDEN + HIDDEN * HIDDEN + HIDDEN * 2
     return 2 * weights * 5
 
 

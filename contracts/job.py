@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
 API_VERSION = "bluewhale.io/v1alpha1"
-SEQUENTIAL_ESTIMATORS = ("weighted_sequential_doubly_robust",)
+SEQUENTIAL_ESTIMATORS = ("sequential_direct_method", "weighted_sequential_doubly_robust")
 STEP_WISE_ESTIMATORS = (
     "stepwise_importance_sampling",
     "stepwise_direct_method",
@@ -274,7 +274,7 @@ class Understanding(Model):
 
 
 class LearnerConfig(Model):
-    """What all algorithms have: a network, and the optimizer that trains it."""
+    """What a network has, and the optimizer that trains it."""
 
     hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
         [128, 128], min_length=1, max_length=16, description="Units of each hidden layer."
@@ -341,6 +341,81 @@ class BehaviourCloning(LearnerConfig):
     """The logged policy itself, learned: the baseline to beat."""
 
 
+class ActorCritic(LearnerConfig):
+    """What all learners of continuous actions have: an actor that chooses, and critics that value what it chooses."""
+
+    hidden_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        [256, 256], min_length=1, max_length=16, description="Units of each hidden layer, of actor and critics alike."
+    )
+    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
+
+
+class DDPG(ActorCritic):
+    """Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv 1509.02971)."""
+
+
+class TD3(ActorCritic):
+    """Twin delayed DDPG (Fujimoto et al. 2018, arXiv 1802.09477)."""
+
+    target_noise: float = Field(0.2, ge=0, description="Deviation of the noise on a target's action, of half a range.")
+    noise_limit: float = Field(0.5, ge=0, description="The most that such noise may be.")
+    policy_delay: int = Field(2, ge=1, le=100, description="Steps of the critics to each step of the actor.")
+
+
+class TD3BC(TD3):
+    """TD3 with behaviour cloning, for logs (Fujimoto and Gu 2021, arXiv 2106.06860)."""
+
+    alpha: float = Field(2.5, gt=0, description="Weight of values against being like the log; low clones.")
+
+
+class SAC(ActorCritic):
+    """Soft actor-critic with a learned temperature (Haarnoja et al. 2018, arXiv 1812.05905)."""
+
+    target_entropy: float | None = Field(
+        None, description="Entropy that the temperature is learned for; minus the number of actions' dimensions."
+    )
+
+
+class IQL(ActorCritic):
+    """Implicit Q-learning, for logs (Kostrikov et al. 2022, arXiv 2110.06169): never asks of an action not logged."""
+
+    expectile: float = Field(0.7, gt=0.5, lt=1, description="High is nearer to the best logged action's value.")
+    inverse_temperature: float = Field(3.0, ge=0, description="High takes better actions, low clones the log.")
+
+
+class SlateQ(LearnerConfig):
+    """Values of items on slates (Ie et al. 2019, arXiv 1905.12767), where people choose one of those shown or none."""
+
+    next_slate: Literal["best", "logged"] = Field(
+        "best", description="Whose worth a target adds: that of the best slate, or of the logged one (SARSA)."
+    )
+    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
+
+
+class LinearBandit(Model):
+    """A linear model of each action's reward, and how sure it is: what comes after the decision does not count."""
+
+    regularization: Positive = Field(1.0, description="Of ridge regression: decisions that weigh against any weight.")
+
+
+class LinUCB(LinearBandit):
+    """Upper confidence bounds (Li et al. 2010, arXiv 1003.0146); to be served greedily."""
+
+    alpha: float = Field(1.0, ge=0, description="Deviations that are added to what is expected: high explores.")
+
+
+class LinearThompson(LinearBandit):
+    """Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352); to be served by softmax at temperature 1."""
+
+    deviation: Positive = Field(1.0, description="Of the reward's noise: high explores.")
+
+
+class LogisticBandit(Model):
+    """A logistic model of each action's reward, which lies in [0, 1]; to be served by epsilonGreedy."""
+
+    learning_rate: Positive = Field(1e-2, description="Adam's.")
+
+
 class Algorithm(Model):
     """The learning algorithm: exactly one."""
 
@@ -350,6 +425,15 @@ class Algorithm(Model):
     cql: CQL | None = Field(None, description="Conservative Q-learning.")
     bcq: BCQ | None = Field(None, description="Batch-constrained Q-learning.")
     behaviour_cloning: BehaviourCloning | None = Field(None, description="The logged policy, learned.")
+    ddpg: DDPG | None = Field(None, description="Deep deterministic policy gradient, for continuous actions.")
+    td3: TD3 | None = Field(None, description="Twin delayed DDPG, for continuous actions.")
+    td3_bc: TD3BC | None = Field(None, description="TD3 held near the log, for continuous actions.")
+    sac: SAC | None = Field(None, description="Soft actor-critic, for continuous actions.")
+    iql: IQL | None = Field(None, description="Implicit Q-learning, for continuous actions.")
+
+    lin_ucb: LinUCB | None = Field(None, description="Contextual bandit: linear upper confidence bounds.")
+    linear_thompson: LinearThompson | None = Field(None, description="Contextual bandit: linear Thompson sampling.")
+    logistic_bandit: LogisticBandit | None = Field(None, description="Contextual bandit: logistic regression.")
 
     @model_validator(mode="before")
     @classmethod
@@ -371,11 +455,27 @@ class Algorithm(Model):
         return next(to_camel(name) for name, value in self if value is not None)
 
     @property
-    def config(self) -> LearnerConfig:
+    def config(self) -> LearnerConfig | LinearBandit | LogisticBandit:
         """What that field says."""
-        config: LearnerConfig = next(value for _, value in self if value is not None)
+        config: LearnerConfig | LinearBandit | LogisticBandit = next(value for _, value in self if value is not None)
         return config
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the optimizer; 0 where nothing is learned by steps."""
+        return 0.0 if isinstance(self.config, LinearBandit) else self.config.learning_rate
+
+
+OF_VALUES = ("dqn", "c51", "qrDqn", "cql")
+ALGORITHMS = {
+    "discrete": (*OF_VALUES, "bcq", "behaviourCloning", "linUcb", "linearThompson", "logisticBandit"),
+    "parametric": (*OF_VALUES, "behaviourCloning"),
+    "continuous": ("ddpg", "td3", "td3Bc", "sac", "iql"),
+}
+"""Those that learn from each action space."""
+
+OPTIONAL_SETTINGS = ("training.stepsPerEpoch", "algorithm.sac.targetEntropy")
+"""What a sweep may set though a job need not."""
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
 
@@ -447,6 +547,42 @@ class Training(Model):
         if self.batch_size % self.workers.max:
             raise ValueError(f"batchSize {self.batch_size} must be a multiple of workers.max {self.workers.max}")
         return self
+
+
+class SweepParameter(Model):
+    """What a setting is tried with: numbers from `low` to `high`, or some choices."""
+
+    low: float | None = Field(None, description="The least.")
+    high: float | None = Field(None, description="The most.")
+    log: bool = Field(False, description="Try orders of magnitude alike: 0.1 to 1 as often as 1 to 10.")
+    choices: list[str] = Field(
+        [], max_length=32, description="Each as it would stand in the job: `[64, 64]`, `true`, `0.5`."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> SweepParameter:
+        ranged = self.low is not None and self.high is not None
+        if ranged == bool(self.choices) or (self.low is None) != (self.high is None):
+            raise ValueError("set low and high, or choices")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.log and (self.low is None or self.low <= 0):
+            raise ValueError("log needs a low above 0")
+        return self
+
+    def values(self) -> list[Any]:
+        """The choices, or both ends."""
+        return [yaml.safe_load(text) for text in self.choices] or [self.low, self.high]
+
+
+class Sweep(Model):
+    """Search settings by training with them and judging by the gate's estimate, on MDPs that the gate does not see."""
+
+    parameters: dict[str, SweepParameter] = Field(
+        min_length=1, max_length=16, description="By path in the job, such as `algorithm.cql.alpha`."
+    )
+    trials: int = Field(20, ge=2, le=1000, description="Settings to try; the first are the job's own.")
+    epochs: int | None = Field(None, ge=1, description="Of each trial; the job's own when left out.")
 
 
 class Gate(Model):
@@ -578,6 +714,19 @@ class Schedule(Model):
     failed_runs_history_limit: int = Field(3, ge=0, le=100, description="Failed children kept.")
 
 
+class Bounds(Model):
+    """Between which a number of a continuous action lies, in the product's units."""
+
+    low: float = Field(description="The least that is ever chosen.")
+    high: float = Field(description="The most that is ever chosen.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Bounds:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
 class JobSpec(Model):
     """What to learn from, how, and where the policy goes."""
 
@@ -589,6 +738,9 @@ class JobSpec(Model):
     actions: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         [], max_length=256, description="The discrete actions, two or more; none in another action space."
     )
+    action_bounds: dict[str, Bounds] = Field(
+        {}, description="Of a continuous action's numbers; what the log has as least and most when left out."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of everything random; the same seed gives the same weights.")
     simulation: Simulation | None = None
     data: Data = Data()
@@ -597,6 +749,7 @@ class JobSpec(Model):
     understanding: Understanding = Understanding()
     algorithm: Algorithm = Algorithm()
     training: Training = Training()
+    sweep: Sweep | None = None
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     deploy: Deploy = Deploy()
@@ -626,13 +779,53 @@ class JobSpec(Model):
             raise ValueError(f"actions are discrete: leave them out where actionSpace is {self.action_space}")
         if self.action_space != "discrete" and self.data.features.action_key:
             raise ValueError("data.features.actionKey stands for a discrete action's name: actionSpace has none")
+        if self.action_space != "continuous" and self.action_bounds:
+            raise ValueError(f"actionBounds are those of continuous actions: actionSpace is {self.action_space}")
+        if self.algorithm.name not in (fit := ALGORITHMS[self.action_space]):
+            raise ValueError(
+                f"algorithm.{self.algorithm.name} cannot learn from {self.action_space} actions: "
+                f"set one of {', '.join(fit)}, or another actionSpace"
+            )
+        if self.action_space != "discrete" and self.deploy.service:
+            raise ValueError(f"deploy.service: a policy over {self.action_space} actions is exported, not rolled out")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
-        if self.export.policy == "threshold" and len(self.actions) > 2:
+        if self.export.policy == "threshold" and len(self.actions) != 2:
             raise ValueError("export.policy threshold is for two actions: choose another where there are more")
+        for path, parameter in (self.sweep.parameters if self.sweep else {}).items():
+            for value in parameter.values():
+                self._check_setting(path, value)
         if self.simulation and self.data.decision_log:
             raise ValueError("set either simulation or data.decisionLog: a simulation makes its own log")
         return self
+
+    def _check_setting(self, path: str, value: Any) -> None:
+        if not path.startswith(("algorithm.", "training.")):
+            raise ValueError(f"sweep.parameters.{path}: only settings of algorithm and training are searched")
+        try:
+            self.with_settings({path: value})
+        except KeyError as missing:
+            raise ValueError(f"sweep.parameters.{path}: this job has no setting {missing}") from None
+        except ValidationError as error:
+            raise ValueError(f"sweep.parameters.{path}: {value!r} is refused: {explain(error.errors()[0])}") from None
+
+    def with_settings(self, settings: dict[str, Any]) -> JobSpec:
+        """The same job, without its sweep, some of whose settings are others; a whole float serves as an integer.
+
+        Raises `KeyError` for a path that is not there and `ValidationError` for a value that is refused.
+        """
+        document = self.model_dump(by_alias=True, exclude={"sweep"}, exclude_none=True)
+        for path, value in settings.items():
+            *outer, last = path.split(".")
+            level: Any = document
+            for part in outer:
+                level = level[part]
+            known = level.get(last)
+            if last not in level and path not in OPTIONAL_SETTINGS:
+                raise KeyError(last)
+            whole = isinstance(value, float) and value.is_integer() and not isinstance(known, float)
+            level[last] = int(value) if whole else value
+        return JobSpec.model_validate(document)
 
     def only(self, *sections: str) -> str:
         """The named sections, actions and seed as JSON: what a stage reads, so that nothing else makes it stale.

@@ -6,7 +6,8 @@ A stage may be several processes away from the terminal, so progress travels as 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 listener: Callable[[float, float, str], None] | None = None
 """Set by a command that shows the progress of a stage in its own process."""
@@ -22,6 +23,18 @@ def report(done: float, total: float, text: str = "") -> None:
     elif os.environ.get(VARIABLE):
         sys.stdout.write(f"{MARK}{json.dumps([done, total, text])}\n")
         sys.stdout.flush()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep what is reported within to itself: the work is a part of what reports by itself."""
+    global listener
+    before = listener
+    listener = lambda *_: None  # noqa: E731
+    try:
+        yield
+    finally:
+        listener = before
 
 
 def parse(line: str) -> tuple[float, float, str] | None:

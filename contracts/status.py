@@ -48,6 +48,7 @@ class Reason(StrEnum):
     ABORTED = "Aborted"
     SUPERSEDED = "Superseded"
     # Complete, Failed
+    EXPORTED = "Exported"
     RETRYING = "Retrying"
     STAGE_FAILED = "StageFailed"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -221,8 +222,11 @@ def understand(run: Run) -> None:
 
 @_job_command("train")
 def train(run: Run) -> None:
-    """Train the job's algorithm with TorchX on as many workers as it says."""
-    from components.training.launch import train as launch
+    """Train the job's algorithm with TorchX on as many workers as it says, after its sweep, if it has one."""
+    if run.job.spec.sweep:
+        from components.sweep.sweep import sweep_and_train as launch
+    else:
+        from components.training.launch import train as launch
 
     with _shown(run, "training"):
         launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"))
@@ -308,6 +312,69 @@ def reproduce(logs: tuple[str, ...], algorithms: tuple[str, ...], seeds: int, as
         progress.listener = lambda done, total, text: display.progress("reproduce", done, total, text)
         results = studies.reproduce(list(logs or studies.LOGS), list(algorithms or studies.ALGORITHMS), range(seeds))
     click.echo(json.dumps([vars(result) for result in results], indent=2) if as_json else studies.table(results))
+
+
+def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE, the value as YAML has it."""
+    import yaml
+
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text}: write NAME=VALUE, such as learningRate=0.001")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+@main.command(
+    "gym",
+    epilog="\b\nExamples:\n  bluewhale gym CartPole-v1\n  bluewhale gym Pendulum-v1 --algorithm sac --seed 3 --json\n"
+    "  bluewhale gym Acrobot-v1 --algorithm qrDqn --set quantiles=21 --output policies/acrobot",
+)
+@click.argument("environment")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["dqn", "c51", "qrDqn", "ddpg", "td3", "sac"]),
+    help="As in a job's algorithm.  [default: dqn, or sac where actions are numbers]",
+)
+@click.option(
+    "--set", "given", multiple=True, callback=_setting, metavar="NAME=VALUE", help="A field of the algorithm."
+)
+@click.option(
+    "--decisions", type=click.IntRange(min=1), help="To play and learn from; known environments have their own."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same policy.")
+@click.option("--output", type=click.Path(path_type=Path), help="New directory for the policy bundle.")
+@_as_json
+def gym(
+    environment: str,
+    algorithm: str | None,
+    given: dict[str, Any],
+    decisions: int | None,
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Learn online: play a Gymnasium ENVIRONMENT, learn from a replay buffer, and try the policy on fresh episodes."""
+    from simulation import online
+
+    if output and output.exists():
+        raise click.BadParameter(f"{output} is there already", param_hint="--output")
+    settings, made = online.settings_for(environment, algorithm, given, decisions)
+    with Display(console) as display:
+        display.start("gym", f"{made.name} in {environment}")
+        show = functools.partial(display.progress, "gym")
+        learned = online.learn_online(environment, made, settings, seed, show)
+    result = online.result(environment, learned, seed)
+    if output:
+        online.save(learned, output, result)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    low, high = result["interval"]
+    text = f"{made.name} in {environment}: mean return {result['mean_return']:.1f} [{low:.1f}, {high:.1f}]"
+    click.echo(f"{text} over {result['episodes']} fresh episodes, after {result['decisions']:,} decisions")
 
 
 @_job_command("rollout")

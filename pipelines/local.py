@@ -169,7 +169,7 @@ def train_and_evaluate(run: Run, display: Display) -> None:
             workspace_root=str(temporary.absolute() / "workspace"),
         )
         try:
-            task = build_pipeline(run.job.metadata.name)(**arguments)
+            task = build_pipeline(run.job.metadata.name, sweep=bool(run.job.spec.sweep))(**arguments)
         except RuntimeError as error:
             if not error_file.is_file():
                 raise StageError(f"{_ANSI.sub('', str(error))}\n  its output is in {run.directory / 'logs'}") from None

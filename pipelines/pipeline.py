@@ -17,6 +17,7 @@ from components.export.component import export
 from components.features.component import features
 from components.normalization.component import normalization
 from components.rollout.component import rollout
+from components.sweep.component import training as swept_training
 from components.timeline.component import timeline
 from components.training.component import training
 from components.understanding.component import understanding
@@ -39,7 +40,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "features": ("data.features",),
     "normalization": ("normalization",),
     "understanding": ("data", "reward", "understanding", "evaluation.gate.metric"),
-    "training": ("data", "reward", "algorithm", "training", "export"),
+    "training": ("action_bounds", "data", "reward", "algorithm", "training", "export", "sweep"),
     "evaluation": ("data", "reward", "evaluation"),
     "export": ("data", "export"),
     "rollout": ("deploy", "images", "reward", "storage"),
@@ -80,6 +81,9 @@ def parameters(
         "warm_start": warm_start,
         **{f"{stage}_job": spec.only(*sections) for stage, sections in SECTIONS.items()},
     }
+    if spec.sweep:
+        # Trials are judged as the gate judges.
+        values["training_job"] = spec.only(*SECTIONS["training"], "evaluation")
     values = {name: values[name] for name in inputs(cluster)}
     if not cluster and (odd := [name for name, value in values.items() if "python3" in value]):
         raise JobError(
@@ -89,13 +93,15 @@ def parameters(
 
 
 def build_pipeline(
-    name: str, defaults: dict[str, str] | None = None, cluster: "Cluster | None" = None
+    name: str, defaults: dict[str, str] | None = None, cluster: "Cluster | None" = None, sweep: bool = False
 ) -> Callable[..., Outputs]:
     """The KFP pipeline; with `defaults`, its parameters come filled in, so that it can be started from the UI.
 
     With `cluster`, a job without a log of its own first plays its simulation, the policy goes on to a rollout, and
-    every stage's pod is given what it needs there.
+    every stage's pod is given what it needs there. With `sweep`, training first searches for settings.
     """
+    sweep = sweep or bool(cluster and cluster.job.spec.sweep)
+    learn = swept_training if sweep else training
 
     def placed(task: dsl.PipelineTask, stage: str) -> dsl.PipelineTask:
         return cluster.place(task, stage) if cluster else task
@@ -149,7 +155,7 @@ def build_pipeline(
             training_data=training_data,
             normalization=normalized.outputs["normalization"],
         )
-        trained = training(
+        trained = learn(
             job=training_job,
             version=version,
             training_data=training_data,

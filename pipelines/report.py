@@ -24,9 +24,10 @@ TITLES = {
     "stepwise_importance_sampling": "Step-wise importance sampling",
     "stepwise_direct_method": "Step-wise direct method",
     "stepwise_doubly_robust": "Step-wise doubly robust",
+    "sequential_direct_method": "Sequential direct method",
     "weighted_sequential_doubly_robust": "Weighted sequential doubly robust",
 }
-COLOURS = ("#0b6e99", "#d9730d", "#4f9768", "#8a5fb0")
+COLOURS = ("#0b6e99", "#d9730d", "#4f9768", "#b0525f", "#8a5fb0")
 
 
 def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) -> None:
@@ -70,7 +71,7 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
 
 def _estimates(evaluation: dict[str, Any], metric: str) -> str:
     """The gate's metric over epochs, one panel per estimator, relative to the logged policy where that is defined."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), sharex=True)
+    figure, axes = plt.subplots(1, len(ESTIMATORS), figsize=(14.5, 2.9), sharex=True)
     for axis, estimator, colour in zip(axes, ESTIMATORS, COLOURS, strict=True):
         _over_epochs(axis, evaluation, estimator, metric, colour)
         axis.set_title(TITLES[estimator], fontsize=9)
@@ -84,7 +85,7 @@ def _all_metrics(evaluation: dict[str, Any], metrics: list[str]) -> str:
     figure, axes = plt.subplots(2, len(metrics), figsize=(3.25 * len(metrics), 5), sharex=True, squeeze=False)
     for row, estimator in enumerate(("stepwise_doubly_robust", "weighted_sequential_doubly_robust")):
         for axis, metric in zip(axes[row], metrics, strict=True):
-            _over_epochs(axis, evaluation, estimator, metric, COLOURS[2 + row])
+            _over_epochs(axis, evaluation, estimator, metric, COLOURS[2 + 2 * row])
             axis.set_title(metric if row == 0 else "", fontsize=9)
         axes[row][0].set_ylabel(TITLES[estimator], fontsize=8)
     for axis in axes[-1]:

@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 
 from components.export.policy import write_version
+from components.training.actions import Actions
 from components.training.network import LogisticPolicy
 from contracts.job import BehaviourPolicy, JobError, JobSpec, PolicyHead
 from simulation.cartpole import ACTIONS, FEATURES, Policy
@@ -56,7 +57,7 @@ def export_behaviour(policy: BehaviourPolicy, repository: Path, backend: str = "
         behaviour_network(policy),
         PolicyHead(),
         features=list(FEATURES),
-        actions=list(ACTIONS),
+        actions=Actions(list(ACTIONS)),
         digest=behaviour_digest(policy),
         states=states,
         backend=backend,

@@ -15,16 +15,17 @@ import torch
 from scipy import stats
 from torch import nn
 
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
 from components.training.batches import permuted_batches
-from components.training.learners import build_learner, build_network
 from components.training.network import Normalized
 from components.training.store import Store, over_steps
 from components.training.trainer import Trainer
 from contracts.job import Algorithm, BehaviourPolicy, QLearning
 from contracts.progress import report
-from simulation.cartpole import FEATURES, Episodes, Policy, play
+from simulation.cartpole import ACTIONS, FEATURES, Episodes, Policy, play
 from simulation.policies import behaviour_policy
+from simulation.standardized import standardized
 
 ROWS, STEPS, BATCH, DISCOUNT = 50_000, 5_000, 256, 0.99
 EPISODES = 100
@@ -118,18 +119,9 @@ def store_of(played: Episodes, normalization: nn.Module, steps: int) -> Store:
     return Store(state, action, None, reward, following, terminal, discount, np.flatnonzero(~played.truncated))
 
 
-def standardized(state: np.ndarray) -> NormalizationSpec:
-    moments = zip(FEATURES, state.mean(0).tolist(), state.std(0).tolist(), strict=True)
-    features = [
-        FeatureNormalization(name=name, type="continuous", mean=mean, stddev=stddev, how="by hand", evidence={})
-        for name, mean, stddev in moments
-    ]
-    return NormalizationSpec(inputs=list(FEATURES), features=features)
-
-
 def learn(algorithm: Algorithm, network: Normalized, store: Store, seed: int) -> None:
     """Take `STEPS` optimizer steps."""
-    trainer = Trainer(build_learner(algorithm, network), algorithm.config.learning_rate)
+    trainer = Trainer(build_learner(algorithm, network), algorithm.learning_rate)
     for rows in torch.from_numpy(permuted_batches(store.usable, BATCH, STEPS, seed, 0, 1)):
         trainer.step(store.batch(rows))
     network.eval()
@@ -152,7 +144,7 @@ def cartpole(log: str, algorithm: str, seed: int) -> float:
         return float(played.returns[~cut].mean())
     made = Algorithm.model_validate(ALGORITHMS[algorithm])
     torch.manual_seed(seed)
-    network = build_network(made, standardized(played.state), 2)
+    network = build_network(made, standardized(played.state, FEATURES), Actions(list(ACTIONS)))
     store = store_of(played, network.normalization, made.config.steps if isinstance(made.config, QLearning) else 1)
     learn(made, network, store, seed)
     return float(play(greedy(network), EPISODES, seed + FRESH).returns.mean())

@@ -59,6 +59,16 @@ def logged_per_mdp(metric: np.ndarray, factor: np.ndarray, mdp: np.ndarray, coun
     return np.asarray(counts @ totals / counts.sum(1))
 
 
+def sequential_direct_method(q: np.ndarray, target: np.ndarray, mdp: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean modelled value of an MDP's first decision (Le et al. 2019, arXiv 1903.08738): no propensity is needed.
+
+    `q` [N, A] models the target policy's action values; what it has wrong, the estimate has wrong.
+    """
+    first = step_in_mdp(mdp) == 0
+    values = np.bincount(mdp[first], (q * target).sum(1)[first], minlength=counts.shape[1])
+    return np.asarray(counts @ values / counts.sum(1))
+
+
 def weighted_sequential_doubly_robust(
     metric: np.ndarray,
     weight: np.ndarray,

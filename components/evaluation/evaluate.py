@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from components.evaluation import estimators as cpe
-from components.evaluation.fitted_q import FittedQ
+from components.evaluation.acted import logged_features, plan, propensities, taken_probability
+from components.evaluation.fitted_q import FittedPairs, FittedQ
 from components.training.bundle import Bundle, read_bundle
-from components.training.network import Head
 from components.transitions import Transitions, load_transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
 
 
-def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
+def evaluate(
+    spec: JobSpec, features: str | Path, training: str | Path, output: str | Path, last_only: bool = False
+) -> None:
     """Write `report.json`: per epoch, estimator and metric {value, low, high, relative, relative_low, relative_high}.
 
     Models of the values are fitted to the training MDPs, estimates are made on the held-out ones, and intervals come
     from resampling whole MDPs. `relative` is the estimate over the logged policy's value, its interval resampled
     jointly. Estimators that need propensities are refused, with the reason, where the log has none. Raises
-    `StageError` for a gate on a metric that the log does not have.
+    `StageError` for a gate on a metric that the log does not have. With `last_only`, of the last epoch alone.
     """
     read_record(training)
     with stage("evaluation", output) as (directory, facts):
@@ -34,16 +35,17 @@ def evaluate(spec: JobSpec, features: str | Path, training: str | Path, output: 
         held_out, excluded = _whole_mdps(held_out)
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
-        bundles = [read_bundle(p) for p in sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))]
+        directories = sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))
+        bundles = [read_bundle(directory) for directory in directories[-1 if last_only else 0 :]]
         evaluator = _Evaluator(spec, train, held_out, bundles[-1])
         epochs: list[dict[str, Any]] = []
         for number, bundle in enumerate(bundles, 1):
             epochs.append({"epoch": number, "estimates": evaluator.estimate(bundle)})
-            wsdr = epochs[-1]["estimates"]["weighted_sequential_doubly_robust"]
             name = spec.evaluation.gate.metric
+            judged = epochs[-1]["estimates"][spec.evaluation.gate.estimator].get(name)
             text = f"epoch {number}"
-            if isinstance(wsdr.get(name), dict) and wsdr[name]["relative"] is not None:
-                text += f" {name} {wsdr[name]['relative']:.2f}x logged"
+            if isinstance(judged, dict) and judged["relative"] is not None:
+                text += f" {name} {judged['relative']:.2f}x logged"
             report(number, len(bundles), text)
         final: dict[str, Any] = epochs[-1]["estimates"]
         verdict = judge(spec.evaluation.gate, final)
@@ -91,9 +93,10 @@ class _Evaluator:
         _, self.mdp = np.unique(held_out.mdp, return_inverse=True)
         self.n = int(self.mdp.max()) + 1
         self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
-        self.q = FittedQ(train, bundle.normalization, train.discount(spec.reward), spec.seed)
-        model = FittedQ(train, bundle.normalization, np.zeros(len(train), np.float32), spec.seed)
-        model.fit(np.zeros((len(train), len(train.actions))), spec.evaluation.fitted_q_steps)
+        self.discrete = bundle.actions.space == "discrete"
+        self.q = self._model(bundle, train.discount(spec.reward))
+        self.model = self._model(bundle, np.zeros(len(train), np.float32))
+        self.model.fit(None, spec.evaluation.fitted_q_steps)
         weights = held_out.weight_vector(spec.reward.metric_weights)
         self.names = list(held_out.metric_names)
         self.mix = np.eye(len(self.names))
@@ -101,7 +104,6 @@ class _Evaluator:
             self.names.append(REWARD)
             self.mix = np.concatenate([self.mix, weights[:, None]], axis=1)
         self.metrics = held_out.metrics.astype(np.float64) @ self.mix
-        self.modelled = model.predict(held_out.state) @ self.mix
         steps = [cpe.logged_per_step(self.metrics[:, m], self.mdp, self.counts) for m in range(len(self.names))]
         totals = [
             cpe.logged_per_mdp(self.metrics[:, m], self.factor, self.mdp, self.counts) for m in range(len(self.names))
@@ -112,25 +114,49 @@ class _Evaluator:
             "per_mdp": {name: float(s[0]) for name, s in zip(self.names, totals, strict=True)},
         }
 
+    def _model(self, bundle: Bundle, discount: np.ndarray) -> FittedQ:
+        given = self.train, bundle.normalization
+        if self.discrete:
+            return FittedQ(*given, discount, self.spec.seed)
+        return FittedPairs(*given, logged_features(bundle, self.train), discount, self.spec.seed)
+
+    def _modelled(self, bundle: Bundle) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Over K alternatives of each held-out decision: the policy's probabilities [N, K], the logged one [N], and
+        by each metric [N, K, M] what the discounted model and that of a single decision say of them."""
+        held_out, models = self.held_out, (self.q, self.model)
+        if isinstance(self.q, FittedPairs):
+            # Two alternatives: what the policy does, and what was done.
+            own, logged = plan(bundle, held_out), logged_features(bundle, held_out)
+            target, action = np.tile([1.0, 0.0], (len(held_out), 1)), np.ones(len(held_out), np.int64)
+            found = [m.predict_acted(held_out.state, logged, own) for m in models if isinstance(m, FittedPairs)]
+        else:
+            target, action = propensities(bundle, held_out), held_out.action
+            found = [model.predict(held_out.state) for model in models]
+        q, modelled = (values @ self.mix for values in found)
+        return target, action, q, modelled
+
     def estimate(self, bundle: Bundle) -> dict[str, Any]:
-        self.q.fit(propensities(bundle, self.train), self.spec.evaluation.fitted_q_steps)
-        q = self.q.predict(self.held_out.state) @ self.mix
-        target = propensities(bundle, self.held_out)
-        weight = self._weight(target)
+        policy = propensities(bundle, self.train) if self.discrete else plan(bundle, self.train)
+        self.q.fit(policy, self.spec.evaluation.fitted_q_steps)
+        target, action, q, expected = self._modelled(bundle)
+        weight = self._weight(bundle)
         estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}
         for m, name in enumerate(self.names):
-            metric, modelled = self.metrics[:, m], self.modelled[:, :, m]
-            samples = {"stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.counts)}
+            metric, modelled = self.metrics[:, m], expected[:, :, m]
+            samples = {
+                "stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.counts),
+                "sequential_direct_method": cpe.sequential_direct_method(q[:, :, m], target, self.mdp, self.counts),
+            }
             if weight is not None:
                 samples |= {
                     "stepwise_importance_sampling": cpe.stepwise_importance_sampling(
                         metric, weight, self.mdp, self.counts
                     ),
                     "stepwise_doubly_robust": cpe.stepwise_doubly_robust(
-                        metric, weight, modelled, target, self.held_out.action, self.mdp, self.counts
+                        metric, weight, modelled, target, action, self.mdp, self.counts
                     ),
                     "weighted_sequential_doubly_robust": cpe.weighted_sequential_doubly_robust(
-                        metric, weight, q[:, :, m], target, self.held_out.action, self.factor, self.mdp, self.counts
+                        metric, weight, q[:, :, m], target, action, self.factor, self.mdp, self.counts
                     ),
                 }
             for estimator, values in samples.items():
@@ -138,11 +164,11 @@ class _Evaluator:
                 estimates[estimator][name] = self._interval(values, logged)
         for estimator in ESTIMATORS:
             if not estimates[estimator]:
-                estimates[estimator] = {"refused": "the log has decisions without action_probability"}
+                estimates[estimator] = {"refused": self.refused}
         return estimates
 
     def diagnostics(self, bundle: Bundle) -> dict[str, Any]:
-        weight = self._weight(propensities(bundle, self.held_out))
+        weight = self._weight(bundle)
         if weight is None:
             return {}
         with np.errstate(divide="ignore"):
@@ -154,11 +180,22 @@ class _Evaluator:
             "largest_weight": round(float(weight.max()), 2),
         }
 
-    def _weight(self, target: np.ndarray) -> np.ndarray | None:
+    @property
+    def refused(self) -> str:
+        """Why there are no importance weights."""
+        if self.spec.action_space == "continuous":
+            return "a policy that always takes one of infinitely many actions has no propensities"
+        return "the log has decisions without action_probability"
+
+    def _weight(self, bundle: Bundle) -> np.ndarray | None:
         logged = self.held_out.propensity
-        if np.isnan(logged).any():
+        if np.isnan(logged).any() or self.spec.action_space == "continuous":
             return None
-        return np.asarray(target[np.arange(len(target)), self.held_out.action] / logged)
+        if self.discrete:
+            taken = propensities(bundle, self.held_out)[np.arange(len(logged)), self.held_out.action]
+        else:
+            taken = taken_probability(plan(bundle, self.held_out), self.held_out)
+        return np.asarray(taken / logged)
 
     def _interval(self, values: np.ndarray, logged: np.ndarray) -> dict[str, float | None]:
         """Percentile interval of the replicates around the estimate from the log itself."""
@@ -170,13 +207,6 @@ class _Evaluator:
         relative = values / logged
         low, high = np.quantile(relative[1:], [tail, 1 - tail])
         return result | {"relative": float(relative[0]), "relative_low": float(low), "relative_high": float(high)}
-
-
-def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
-    """The served policy's probability of each action, float64 [N, A], of which those not possible have none."""
-    with torch.no_grad():
-        scores = bundle.network(torch.from_numpy(data.state)).double()
-        return np.asarray(Head(bundle.head)(scores, torch.from_numpy(data.possible)).numpy())
 
 
 def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:

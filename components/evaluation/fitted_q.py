@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from components.evaluation.acted import Plan
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
 from components.training.network import QNetwork
 from components.transitions import Transitions
 
 BATCH = 512
+HIDDEN = [128, 128]
 TARGET_UPDATE_RATE = 0.05
 
 
@@ -30,11 +33,8 @@ class FittedQ:
 
     def __init__(self, data: Transitions, normalization: NormalizationSpec, discount: np.ndarray, seed: int) -> None:
         torch.manual_seed(seed)
-        metrics = len(data.metric_names)
         self.normalization = NormalizationGraph(normalization)
-        self.network = QNetwork(
-            self.normalization.outputs, len(data.actions), [128, 128], outputs=metrics, layer_norm=True
-        )
+        self.network = self._network(self.normalization.outputs, data)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ class FittedQ:
         usable = ~data.truncated if self.looks_ahead else np.ones(len(data), bool)
         self.rows = torch.from_numpy(np.flatnonzero(usable))
         self.state = self.normalization(torch.from_numpy(data.state))
-        self.action = torch.from_numpy(data.action)
+        self.action = self._actions(data)
         self.metrics = torch.from_numpy(data.metrics)
         self.next_row = torch.from_numpy(data.next_row)
         self.continues = torch.from_numpy(~data.terminal).float().unsqueeze(1)
@@ -58,19 +58,34 @@ class FittedQ:
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
 
-    def fit(self, policy: np.ndarray, steps: int) -> None:
+    def _network(self, inputs: int, data: Transitions) -> QNetwork:
+        return QNetwork(inputs, len(data.actions), HIDDEN, outputs=len(data.metric_names), layer_norm=True)
+
+    def _actions(self, data: Transitions) -> Tensor:
+        return torch.from_numpy(data.action)
+
+    def _expected(self, rows: Tensor, policy: Any) -> Tensor:
+        """What follows is worth at the rows [B] under the policy, [B, M]."""
+        probabilities = torch.from_numpy(policy[rows.numpy()]).float()
+        return (self.target(self.state[rows]) * probabilities.unsqueeze(2)).sum(1)
+
+    def _logged(self, rows: Tensor) -> Tensor:
+        """Q(s, a) of the logged actions, [B, M]."""
+        found: Tensor = self.network(self.state[rows])[torch.arange(len(rows)), self.action[rows]]
+        return found
+
+    def fit(self, policy: Any, steps: int) -> None:
         """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
-        probabilities = torch.from_numpy(policy).float()
         for _ in range(steps):
             rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
             wanted = self.metrics[rows] / self.scale
             if self.looks_ahead:
                 following = self.next_row[rows]
                 with torch.no_grad():
-                    value = (self.target(self.state[following]) * probabilities[following].unsqueeze(2)).sum(1)
+                    value = self._expected(following, policy)
                     value = torch.minimum(torch.maximum(value, self.lowest), self.highest)
                 wanted = wanted + self.discount[rows, None] * self.continues[rows] * value
-            q = self.network(self.state[rows])[torch.arange(BATCH), self.action[rows]]
+            q = self._logged(rows)
             # Squared, not Huber's, whose minimum is not the mean: a rare event would be estimated as none.
             loss = nn.functional.mse_loss(q, wanted)
             self.optimizer.zero_grad(set_to_none=True)
@@ -84,3 +99,43 @@ class FittedQ:
         """Action values per metric, float64 [N, A, M]."""
         with torch.no_grad():
             return np.asarray((self.network(self.normalization(torch.from_numpy(state))) * self.scale).double().numpy())
+
+
+class FittedPairs(FittedQ):
+    """The same over states and actions that are described or continuous: a policy is a `Plan` of what it may take."""
+
+    def __init__(
+        self, data: Transitions, normalization: NormalizationSpec, action: Tensor, discount: np.ndarray, seed: int
+    ) -> None:
+        """`action` [N, G]: normalized features of the logged ones."""
+        self.features = action
+        super().__init__(data, normalization, discount, seed)
+
+    def _network(self, inputs: int, data: Transitions) -> QNetwork:
+        width = inputs + self.features.shape[1]
+        return QNetwork(width, 1, HIDDEN, outputs=len(data.metric_names), layer_norm=True)
+
+    def _actions(self, data: Transitions) -> Tensor:
+        return self.features
+
+    def _expected(self, rows: Tensor, policy: Plan) -> Tensor:
+        return _over_plan(self.target, self.state[rows], policy, rows)
+
+    def _logged(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.network(torch.cat([self.state[rows], self.action[rows]], 1)).squeeze(1)
+        return found
+
+    def predict_acted(self, state: np.ndarray, action: Tensor, policy: Plan) -> np.ndarray:
+        """What the policy does and what was logged are worth per metric, float64 [N, 2, M]."""
+        with torch.no_grad():
+            known = self.normalization(torch.from_numpy(state))
+            own = _over_plan(self.network, known, policy, torch.arange(len(known)))
+            logged = self.network(torch.cat([known, action], 1)).squeeze(1)
+            return np.asarray((torch.stack([own, logged], 1) * self.scale).double().numpy())
+
+
+def _over_plan(network: nn.Module, state: Tensor, policy: Plan, rows: Tensor) -> Tensor:
+    """Values of the states [B, F] at the rows [B] under the policy, [B, M]."""
+    row, features, probability = policy.at(rows)
+    values = network(torch.cat([state[row], features], 1)).squeeze(1) * probability.unsqueeze(1)
+    return values.new_zeros(len(rows), values.shape[1]).index_add(0, row, values)

@@ -7,19 +7,20 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from components.training.network import IMPOSSIBLE, Head
+from components.export.repository import signature
+from components.training.network import IMPOSSIBLE, Head, NormalizedPairs
 from contracts.job import PolicyHead
 from contracts.stage import StageError
 
-INPUTS = ("state", "uniform", "possible")
-OUTPUTS = ("q_values", "greedy_action", "propensities", "sampled_action")
 TOLERANCE = 1e-5
+Inputs = dict[str, np.ndarray]
 
 
 class ServedPolicy(nn.Module):
@@ -40,7 +41,9 @@ class ServedPolicy(nn.Module):
         Returns q_values float32 [B, A], greedy_action int64 [B, 1], propensities float32 [B, A], sampled_action
         int64 [B, 1].
         """
-        q_values = self.network(state)
+        return self.choose(self.network(state), uniform, possible)
+
+    def choose(self, q_values: Tensor, uniform: Tensor, possible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         allowed = torch.where(possible, q_values, IMPOSSIBLE)
         propensities = self.head(q_values, possible)
         cumulative = torch.cumsum(propensities, 1)
@@ -48,54 +51,108 @@ class ServedPolicy(nn.Module):
         sampled = passed.to(torch.int64).sum(1, keepdim=True).clamp(max=q_values.shape[1] - 1)
         return q_values, allowed.argmax(1, keepdim=True), propensities, sampled
 
+    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
+        """Inputs for the states, everything else drawn at random."""
+        n, a = len(states), len(policy["actions"])
+        possible = generator.random((n, a)) < 0.8
+        possible[np.arange(n), generator.integers(a, size=n)] = True
+        return {"state": states, "uniform": generator.random((n, 1), np.float32), "possible": possible}
 
-def export_onnx(network: nn.Module, head: PolicyHead, features: int, actions: int, path: Path) -> ServedPolicy:
-    """Write the served policy of a network to `path` with a free batch size; returns it for checking."""
-    policy = ServedPolicy(network, head).eval()
-    example = (torch.zeros(2, features), torch.full((2, 1), 0.5), torch.ones(2, actions, dtype=torch.bool))
+
+class ServedActor(nn.Module):
+    """A policy over numbers, which always takes the one action."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, state: Tensor) -> tuple[Tensor]:
+        """state float32 [B, F] (NaN = missing) -> action float32 [B, D], in the product's units."""
+        return (self.network(state),)
+
+    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
+        return {"state": states}
+
+
+class ServedChoice(ServedPolicy):
+    """A policy over the K described actions that one decision lists."""
+
+    network: NormalizedPairs
+
+    def forward(  # type: ignore[override]
+        self, state: Tensor, action: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """state float32 [1, F], action float32 [K, G], uniform float32 [1, 1] in [0, 1); NaN = missing.
+
+        Returns q_values float32 [K], greedy_action int64 [1], propensities float32 [K], sampled_action int64 [1].
+        """
+        known = self.network.normalization(state).expand(action.shape[0], -1)
+        scores = self.network.network(torch.cat([known, self.network.of_actions(action)], 1)).transpose(0, 1)
+        found = self.choose(scores, uniform, torch.ones_like(scores, dtype=torch.bool))
+        return tuple(each.squeeze(0) for each in found)  # type: ignore[return-value]
+
+    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
+        action = generator.normal(size=(len(states), len(policy["action_features"]))).astype(np.float32)
+        return {"state": states[:1], "action": action, "uniform": generator.random((1, 1), np.float32)}
+
+
+Served = ServedPolicy | ServedActor
+
+
+def served(network: nn.Module, head: PolicyHead, action_space: str) -> Served:
+    if action_space == "continuous":
+        return ServedActor(network).eval()
+    return (ServedChoice if action_space == "parametric" else ServedPolicy)(network, head).eval()
+
+
+def export_onnx(made: Served, policy: dict[str, Any], path: Path) -> None:
+    """Write a served policy to `path`, with a free number of rows; `policy` describes it, as its file does."""
+    inputs, outputs, batched = signature(policy)
+    states = np.zeros((2, len(policy["features"])), np.float32)
+    example = made.example(np.random.default_rng(0), states, policy)
     batch = torch.export.Dim("batch")
+    free = {name for name, (_, dims) in inputs.items() if batched or -1 in dims}
     quiet = logging.getLogger("torch.onnx")
     quiet.setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            policy,
-            example,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_shapes=tuple({0: batch} for _ in INPUTS),
+            made,
+            tuple(torch.from_numpy(example[name]) for name in inputs),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({0: batch} if name in free else None for name in inputs),
             dynamo=True,
             verbose=False,
         )
         program.save(str(path))  # type: ignore[union-attr]
-    return policy
 
 
-def check_onnx(policy: ServedPolicy, path: Path, state: np.ndarray, actions: int, seed: int) -> float:
+def check_onnx(made: Served, policy: dict[str, Any], path: Path, states: np.ndarray, seed: int) -> float:
     """Compare the ONNX graph with torch on the given states; returns the largest difference.
 
     Differences are relative where values exceed 1. Raises `StageError` beyond 1e-5, or when actions differ in more than
     one state of a thousand, as they may where two are equally good.
     """
-    rng = np.random.default_rng(seed)
-    uniform = rng.random((len(state), 1), np.float32)
-    possible = rng.random((len(state), actions)) < 0.8
-    possible[np.arange(len(state)), rng.integers(actions, size=len(state))] = True
+    inputs, outputs, batched = signature(policy)
+    given = made.example(np.random.default_rng(seed), states, policy)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(list(OUTPUTS), {"state": state, "uniform": uniform, "possible": possible})
+    found = session.run(list(outputs), given)
     with torch.no_grad():
-        wanted = [t.numpy() for t in policy(*map(torch.from_numpy, (state, uniform, possible)))]
+        wanted = [t.numpy() for t in made(*(torch.from_numpy(given[name]) for name in inputs))]
+    if not batched:
+        found, wanted = ([np.atleast_2d(each) for each in side] for side in (found, wanted))
     worst = 0.0
-    for name, a, b in zip(OUTPUTS, found, wanted, strict=True):
+    for name, a, b in zip(outputs, found, wanted, strict=True):
         if name.endswith("_action"):
             differing = np.flatnonzero((a != b).any(1))
-            if len(differing) > 1e-3 * len(state):
+            if len(differing) > 1e-3 * len(states):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {len(differing)} states")
             continue
         if name == "propensities":
             # Those of a policy that takes the best action jump where two are equally good.
             same = a.argmax(1) == b.argmax(1)
-            if (~same).sum() > 1e-3 * len(state):
+            if (~same).sum() > 1e-3 * len(states):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {(~same).sum()} states")
             a, b = a[same], b[same]
         difference = float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from components.export.onnx_policy import check_onnx, export_onnx
+from components.export.onnx_policy import check_onnx, export_onnx, served
 from components.export.repository import DESCRIPTION, MODEL, check_alike, read_policies, version_of, write_config
+from components.training.actions import Actions
 from components.training.bundle import read_bundle
 from components.transitions import load_transitions
 from contracts.job import JobSpec, PolicyHead
@@ -46,14 +47,15 @@ def write_version(
     head: PolicyHead,
     *,
     features: list[str],
-    actions: list[str],
+    actions: Actions,
     digest: str,
     states: np.ndarray,
     backend: str = "python",
 ) -> dict[str, Any]:
     """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
     version = version_of(digest)
-    check_alike(repository, [*read_policies(repository).values(), {"features": features, "actions": actions}])
+    policy = {"features": features, "action_space": actions.space, **actions.as_json()}
+    check_alike(repository, [*read_policies(repository).values(), policy])
     # Written beside its place and moved there whole: a version directory never changes.
     place = repository / MODEL / str(version)
     if place.exists():
@@ -62,17 +64,17 @@ def write_version(
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     path = directory / "model.onnx"
-    policy = export_onnx(network, head, len(features), len(actions), path)
+    made = served(network, head, actions.space)
+    export_onnx(made, policy, path)
     width = len(features)
     extremes = np.array([[np.nan] * width, [0.0] * width, [1e30] * width, [-1e30] * width], np.float32)
-    difference = check_onnx(policy, path, np.concatenate([states, extremes]), len(actions), seed=0)
+    difference = check_onnx(made, policy, path, np.concatenate([states, extremes]), seed=0)
     if backend == "python":
         shutil.copy(Path(__file__).with_name("triton_model.py"), directory / "model.py")
     description = {
         "digest": digest,
         "version": version,
-        "features": features,
-        "actions": actions,
+        **policy,
         "head": head.decisive,
         "onnx_digest": hashlib.sha256(path.read_bytes()).hexdigest(),
     }

@@ -31,36 +31,69 @@ def write_config(repository: Path, backend: str = "python") -> None:
     policies = read_policies(repository)
     check_alike(repository, list(policies.values()))
     first = next(iter(policies.values()))
-    f, a = len(first["features"]), len(first["actions"])
+    inputs, outputs, batched = signature(first)
+    columns = [
+        f"{side} [\n"
+        + ",\n".join(
+            f'  {{ name: "{name}" data_type: TYPE_{kind} dims: [ {", ".join(map(str, dims))} ] }}'
+            for name, (kind, dims) in tensors.items()
+        )
+        + "\n]"
+        for side, tensors in (("input", inputs), ("output", outputs))
+    ]
     threads = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
     (repository / MODEL / "config.pbtxt").write_text(
         f"""name: "{MODEL}"
 backend: "{backend}"
-max_batch_size: 64
-input [
-  {{ name: "state" data_type: TYPE_FP32 dims: [ {f} ] }},
-  {{ name: "uniform" data_type: TYPE_FP32 dims: [ 1 ] }},
-  {{ name: "possible" data_type: TYPE_BOOL dims: [ {a} ] }}
-]
-output [
-  {{ name: "q_values" data_type: TYPE_FP32 dims: [ {a} ] }},
-  {{ name: "greedy_action" data_type: TYPE_INT64 dims: [ 1 ] }},
-  {{ name: "propensities" data_type: TYPE_FP32 dims: [ {a} ] }},
-  {{ name: "sampled_action" data_type: TYPE_INT64 dims: [ 1 ] }}
-]
+max_batch_size: {64 if batched else 0}
+{columns[0]}
+{columns[1]}
 instance_group [ {{ count: 1 kind: KIND_CPU }} ]
-dynamic_batching {{ }}
+{"dynamic_batching { }" if batched else ""}
 version_policy {{ specific {{ versions: [ {", ".join(map(str, policies))} ] }} }}
 {threads if backend == "onnxruntime" else ""}"""
     )
 
 
+Tensors = dict[str, tuple[str, list[int]]]
+"""By name the type, as Triton calls it, and the shape without the batch."""
+
+
+def signature(policy: dict[str, Any]) -> tuple[Tensors, Tensors, bool]:
+    """Inputs and outputs of a policy's graph, and whether requests can be batched.
+
+    A request for described actions is one decision: its state, and as many rows as there are actions to choose among.
+    """
+    state = {"state": ("FP32", [len(policy["features"])])}
+    match policy.get("action_space"):
+        case "continuous":
+            return state, {"action": ("FP32", [len(policy["actions"])])}, True
+        case "parametric":
+            inputs = {
+                "state": ("FP32", [1, len(policy["features"])]),
+                "action": ("FP32", [-1, len(policy["action_features"])]),
+                "uniform": ("FP32", [1, 1]),
+            }
+            return inputs, _chosen([-1]), False
+    actions = [len(policy["actions"])]
+    return state | {"uniform": ("FP32", [1]), "possible": ("BOOL", actions)}, _chosen(actions), True
+
+
+def _chosen(actions: list[int]) -> Tensors:
+    return {
+        "q_values": ("FP32", actions),
+        "greedy_action": ("INT64", [1]),
+        "propensities": ("FP32", actions),
+        "sampled_action": ("INT64", [1]),
+    }
+
+
 def check_alike(repository: Path, policies: list[dict[str, Any]]) -> None:
     """Raise `StageError` unless all policies have the same features and actions."""
     for other in policies[1:]:
-        for name in ("features", "actions"):
-            if other[name] != policies[0][name]:
+        for name in ("features", "actions", "action_features"):
+            if other.get(name) != policies[0].get(name):
                 raise StageError(
                     f"{repository}: policies that differ in features or actions cannot share a service: {name} "
-                    f"{policies[0][name]} and {other[name]}"
+                    f"{policies[0].get(name)} and {other.get(name)}"
                 )

@@ -44,6 +44,10 @@ def request_rollout(
         if evaluation["cpe"]["verdict"] not in PASSED:
             facts["reason"] = f"not asked for: {evaluation['message']}"
             return
+        if spec.action_space != "discrete":
+            reason = f"no canary: it is for discrete actions, and these are {spec.action_space}"
+            facts |= {"rollout": "exported", "reason": reason}
+            return
         root = Path(spec.storage.mount_path) / "services" / service
         repository = Path(exported) / "model_repository"
         (version,) = read_policies(repository)

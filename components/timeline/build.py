@@ -66,7 +66,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
         report(2, 4, f"{rows:,} rows")
         set_aside(used, plan, directory / "quarantine", nothing=not rejected)
-        reasons, examples = count_reasons(spark, directory / "quarantine")
+        reasons, examples = count_reasons(spark, directory / "quarantine") if rejected else ({}, {})
         facts |= {
             "rows_in": rows, "rows_out": rows - rejected - left_out, "rows_quarantined": rejected,
             "rows_left_out": left_out, "reasons": reasons,

@@ -13,21 +13,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from components.normalization.spec import NormalizationSpec
-from components.training.learners import build_network
+from components.training.actions import Actions
+from components.training.algorithms.build import build_network
+from components.training.network import Normalized
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
-WEIGHTS, DESCRIPTION, NORMALIZATION, OPTIMIZER = (
-    "weights.safetensors", "bundle.json", "normalization.json", "optimizer.safetensors",
+WEIGHTS, DESCRIPTION, NORMALIZATION, ACTION_NORMALIZATION, OPTIMIZER = (
+    "weights.safetensors", "bundle.json", "normalization.json", "action_normalization.json", "optimizer.safetensors",
 )  # fmt: skip
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
 class Bundle:
-    network: nn.Module  # raw features [B, F] -> a score for each action [B, A]
+    network: Normalized  # as `build_network` describes it
     normalization: NormalizationSpec
-    actions: list[str]
+    actions: Actions
     head: PolicyHead
     provenance: dict[str, Any]
     digest: str
@@ -38,7 +40,7 @@ def write_bundle(
     network: nn.Module,
     algorithm: Algorithm,
     normalization: NormalizationSpec,
-    actions: list[str],
+    actions: Actions,
     head: PolicyHead,
     provenance: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
@@ -47,6 +49,8 @@ def write_bundle(
     directory.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, directory / WEIGHTS)
     normalization.write(directory / NORMALIZATION)
+    if actions.described:
+        actions.described.write(directory / ACTION_NORMALIZATION)
     if optimizer:
         names = [name for name, _ in network.named_parameters()]
         state = optimizer.state_dict()["state"]
@@ -54,7 +58,7 @@ def write_bundle(
     description: dict[str, Any] = {
         "version": VERSION,
         "algorithm": {algorithm.name: algorithm.config.model_dump(by_alias=True)},
-        "actions": actions,
+        **actions.as_json(),
         "head": head.decisive,
     }
     digest = _policy_digest(directory, description)
@@ -67,7 +71,8 @@ def _policy_digest(directory: Path, description: dict[str, Any]) -> str:
     """SHA-256 over all that decides what the policy does: weights, normalization, network, actions, head."""
     digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
     inputs = NormalizationSpec.read(directory / NORMALIZATION).inputs
-    decisive = {name: description[name] for name in ("version", "algorithm", "actions", "head")}
+    named = ("version", "algorithm", "actions", "bounds", "action_features", "head")
+    decisive = {name: description[name] for name in named if name in description}
     digest.update(json.dumps(decisive | {"inputs": inputs}, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -91,7 +96,10 @@ def read_bundle(directory: str | Path) -> Bundle:
         raise StageError(f"{directory}: not the weights and settings that the bundle was written with; train again")
     normalization = NormalizationSpec.read(directory / NORMALIZATION)
     algorithm = Algorithm.model_validate(description["algorithm"])
-    network = build_network(algorithm, normalization, len(description["actions"]))
+    described = NormalizationSpec.read(directory / ACTION_NORMALIZATION) if "action_features" in description else None
+    bounds = [(low, high) for low, high in description["bounds"]] if "bounds" in description else None
+    actions = Actions(description["actions"], bounds, described)
+    network = build_network(algorithm, normalization, actions)
     try:
         network.load_state_dict(load_file(directory / WEIGHTS))
     except RuntimeError as error:
@@ -99,7 +107,7 @@ def read_bundle(directory: str | Path) -> Bundle:
     return Bundle(
         network.eval(),
         normalization,
-        description["actions"],
+        actions,
         PolicyHead.model_validate(description["head"]),
         description["provenance"],
         description["digest"],

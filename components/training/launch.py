@@ -30,13 +30,18 @@ that one a replacement never learns (torch 2.13 makes it known in the first roun
 
 
 def train(
-    spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path, warm_start: str = ""
+    spec: JobSpec,
+    features: str | Path,
+    normalization: str | Path,
+    output: str | Path,
+    warm_start: str = "",
+    known: dict[str, Any] | None = None,
 ) -> None:
     """Train on gloo workers under torchrun; raises `StageError` with the workers' own words.
 
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
-    bundle, they begin with its weights.
+    bundle, they begin with its weights. What is `known` besides is put into the stage's record.
     """
     read_record(features), read_record(normalization)
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
@@ -75,6 +80,7 @@ def train(
             "workers": workers.max,
             "transitions": bundle["provenance"]["transitions"],
             "warm_start": bundle["provenance"]["warm_start"],
+            **(known or {}),
         }
 
 

@@ -51,6 +51,19 @@ class Normalized(nn.Module):
         return found
 
 
+class NormalizedPairs(Normalized):
+    """The same for states and described actions, whose normalized features the network gets side by side."""
+
+    def __init__(self, normalization: NormalizationGraph, of_actions: NormalizationGraph, network: nn.Module) -> None:
+        super().__init__(normalization, network)
+        self.of_actions = of_actions
+
+    def forward(self, raw: Tensor, action: Tensor) -> Tensor:  # type: ignore[override]
+        """float32 [batch, features] and [batch, action features] -> [batch, 1]."""
+        found: Tensor = self.network(torch.cat([self.normalization(raw), self.of_actions(action)], 1))
+        return found
+
+
 class QNetwork(nn.Module):
     """Q-values from normalized features: fully connected layers, then one head, or two when dueling.
 
@@ -94,10 +107,27 @@ class QNetwork(nn.Module):
         return scores
 
 
+class DuelingPairs(nn.Module):
+    """Q(s, a) = V(s) + A(s, a) for actions that are described: normalized features of both in, state first.
+
+    Of advantages over a list of any length no mean is taken off.
+    """
+
+    def __init__(self, value: QNetwork, advantage: QNetwork, state_inputs: int) -> None:
+        super().__init__()
+        self.value, self.advantage, self.state_inputs = value, advantage, state_inputs
+        self.shape = advantage.shape
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """[batch, inputs] -> as a `QNetwork` with one action."""
+        found: Tensor = self.value(pairs[:, : self.state_inputs]) + self.advantage(pairs)
+        return found
+
+
 class CategoricalNetwork(nn.Module):
     """Expected returns from a distribution over fixed atoms (Bellemare et al. 2017, arXiv 1707.06887)."""
 
-    def __init__(self, logits: QNetwork, lowest: float, highest: float) -> None:
+    def __init__(self, logits: QNetwork | DuelingPairs, lowest: float, highest: float) -> None:
         super().__init__()
         self.logits = logits
         """[batch, inputs] -> [batch, actions, atoms]."""
@@ -114,13 +144,13 @@ class CategoricalNetwork(nn.Module):
 class QuantileNetwork(nn.Module):
     """Expected returns from quantiles of their distribution (Dabney et al. 2018, arXiv 1710.10044)."""
 
-    def __init__(self, quantiles: QNetwork) -> None:
+    def __init__(self, quantiles: QNetwork | DuelingPairs) -> None:
         super().__init__()
         self.quantiles = quantiles
         """[batch, inputs] -> [batch, actions, quantiles]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.quantiles(x).mean(2)
+        found: Tensor = self.quantiles(x).mean(-1)
         return found
 
 
@@ -172,6 +202,20 @@ class Head(nn.Module):
             return greedy
         uniform = possible.to(allowed.dtype)
         uniform = uniform / uniform.sum(1, keepdim=True).clamp(min=1.0)
+        return (1 - self.chosen.epsilon) * greedy + self.chosen.epsilon * uniform
+
+    def over_lists(self, scores: Tensor, row: Tensor, decisions: int) -> Tensor:
+        """The same for lists of actions end to end: scores [T], of which `row` [T] is the decision, -> [T]."""
+        top = scores.new_full((decisions,), -torch.inf).scatter_reduce(0, row, scores, "amax")[row]
+        if self.chosen.policy == "softmax":
+            size = ((scores - top) / self.chosen.temperature).exp()
+            return size / scores.new_zeros(decisions).index_add(0, row, size)[row]
+        place = torch.where(scores >= top, torch.arange(len(scores)), len(scores))
+        first = place.new_full((decisions,), len(scores)).scatter_reduce(0, row, place, "amin")
+        greedy = (place == first[row]).to(scores.dtype)
+        if self.chosen.policy != "epsilonGreedy":
+            return greedy
+        uniform = 1 / torch.bincount(row, minlength=decisions).to(scores.dtype)[row]
         return (1 - self.chosen.epsilon) * greedy + self.chosen.epsilon * uniform
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from components.training.learners import Batch, Learner
+from components.training.algorithms.learner import Batch, Learner
 
 
 class Trainer:
@@ -17,21 +17,24 @@ class Trainer:
         self.learner = learner
         self.call: Callable[[Batch], tuple[Tensor, Tensor]] = learner
         """The learner, or what calls it and averages gradients over the workers."""
-        # Fused: one pass over the weights, where a step of a small network is mostly the calls that it makes.
-        self.optimizer = torch.optim.Adam(learner.network.parameters(), lr=learning_rate, fused=True)
+        # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
+        # network is mostly the calls that it makes.
+        weights = list(learner.network.parameters())
+        self.optimizer = torch.optim.Adam(weights, lr=learning_rate, fused=True) if weights else None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Update the network; returns the loss and the mean score of the logged actions, both scalars."""
         loss, score = self.call(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        if self.optimizer:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
         self.learner.follow()
         return loss.detach(), score
 
     def state(self) -> dict[str, Tensor]:
         """Weights, those that follow them, the optimizer's state and the random numbers', by name."""
-        moments = self.optimizer.state_dict()["state"]
+        moments = self.optimizer.state_dict()["state"] if self.optimizer else {}
         return {
             **{f"learner.{name}": value.contiguous() for name, value in self.learner.state_dict().items()},
             **{f"optimizer.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
@@ -51,5 +54,6 @@ class Trainer:
             raise ValueError("it is of another network")
         random = state["random"]
         self.learner.load_state_dict(learner)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        if self.optimizer:
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         torch.set_rng_state(random)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
+from components.training.actions import Actions
 from components.training.bundle import OPTIMIZER, Bundle, read_bundle
 from components.training.network import Normalized
 from contracts.stage import StageError
@@ -22,7 +23,7 @@ def start_from(
     network: Normalized,
     optimizer: torch.optim.Optimizer,
     normalization: NormalizationSpec,
-    actions: list[str],
+    actions: Actions,
 ) -> str | None:
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
@@ -49,11 +50,17 @@ def start_from(
 
 
 def _places(
-    bundle: Bundle, network: Normalized, normalization: NormalizationSpec, actions: list[str], directory: str
+    bundle: Bundle, network: Normalized, normalization: NormalizationSpec, actions: Actions, directory: str
 ) -> list[int]:
     """Where each input of the bundle's network is among the inputs of this one."""
-    if bundle.actions != actions:
-        raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions)}")
+    if bundle.actions.names != actions.names or _described(bundle.actions) != _described(actions):
+        theirs = ", ".join(bundle.actions.names or [name for name, _ in _described(bundle.actions)])
+        raise StageError(f"{directory}: its actions are not this job's: {theirs}")
+    if bundle.actions.bounds != actions.bounds:
+        raise StageError(
+            f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "
+            "not change with the log"
+        )
     types = {f.name: f.type for f in normalization.features}
     for feature in bundle.normalization.features:
         if types.get(feature.name) != feature.type:
@@ -69,6 +76,10 @@ def _places(
     return places
 
 
+def _described(actions: Actions) -> list[tuple[str, str]]:
+    return NormalizationGraph(actions.described).output_columns if actions.described else []
+
+
 FIRST = ("body.0.weight", "body.0.weight_noise")
 """Names' ends of the weights by input."""
 
@@ -82,8 +93,10 @@ def _moved(theirs: Tensor, ours: Tensor, places: list[int], name: str) -> Tensor
     """Weights of the bundle's network, or what the optimizer knows of them, where this network has them."""
     if not name.endswith(FIRST):
         return theirs
+    # After the state's inputs come those of the action, if any.
+    of_action = theirs.shape[1] - len(places)
     moved = torch.zeros_like(ours)
-    moved[:, places] = theirs
+    moved[:, places + list(range(ours.shape[1] - of_action, ours.shape[1]))] = theirs
     return moved
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -16,20 +15,22 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
-from components.normalization.spec import NormalizationSpec
+from components.normalization.spec import SPECS, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.actor_critic import TD3Learner
+from components.training.algorithms.build import build_learner, build_network
 from components.training.batches import permuted_batches
 from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
-from components.training.learners import build_learner, build_network
+from components.training.figures import Figures, forget_after
 from components.training.store import build_store
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
-from components.transitions import Transitions, load_transitions
-from contracts.job import C51, BehaviourCloning, JobSpec, LearnerConfig, QLearning
-from contracts.progress import report
+from components.transitions import Lists, Transitions, load_transitions
+from contracts.job import C51, CQL, ActorCritic, BehaviourCloning, JobSpec, LogisticBandit, QLearning
 from contracts.stage import StageError, code_version, digest_files
+from contracts.transitions import ACTION_PREFIX
 
 LOG_EVERY = 50
 CHECKPOINTS = "checkpoints"
@@ -37,20 +38,63 @@ RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
 
 
-def check_fits(data: Transitions, algorithm: LearnerConfig) -> None:
-    """Raise `StageError` for a log that the algorithm cannot learn from."""
-    taken = np.bincount(data.action, minlength=len(data.actions))
-    if (taken > 0).sum() == 1:
-        only = data.actions[int(taken.argmax())]
+def check_fits(data: Transitions, spec: JobSpec) -> None:
+    """Raise `StageError` for a log that the job's algorithm cannot learn from."""
+    if only := _only_action(data):
         raise StageError(
-            f"actions: the log takes only {only!r} of {', '.join(data.actions)}: nothing tells what another would "
-            "have brought; log some exploration"
+            f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
         )
-    if isinstance(algorithm, QLearning) and not (~data.truncated).any():
+    algorithm = spec.algorithm.config
+    if isinstance(algorithm, QLearning | ActorCritic) and data.truncated.all():
         raise StageError(
             "training: no transition is left, for what followed is not known of any; see data.lastStep and the "
             "timeline's report"
         )
+    if isinstance(algorithm, LogisticBandit):
+        reward = data.reward(spec.reward.metric_weights)
+        if reward.min() < 0 or reward.max() > 1:
+            raise StageError(
+                f"algorithm.logisticBandit: rewards lie between {reward.min():g} and {reward.max():g}, and must be in "
+                "[0, 1]: set reward.metricWeights so that they are, or choose linearThompson"
+            )
+    lists = data.possible
+    if isinstance(lists, Lists) and (np.diff(lists.offsets) == 1).all():
+        learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
+        if not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL):
+            raise StageError(
+                f"algorithm.{spec.algorithm.name}: the log has no possible_actions to tell what else a decision could "
+                f"have taken, and so nothing of the {learns}; log them, or set algorithm.dqn.nextAction: logged"
+            )
+
+
+def _only_action(data: Transitions) -> str:
+    """The action that all of a log takes, if there is such a one."""
+    if isinstance(data.possible, Lists):
+        taken = np.unique(data.possible.items[data.possible.offsets[:-1] + data.action])
+        return f"one action of {len(data.possible.described):,}" if len(taken) == 1 else ""
+    if data.action.ndim == 2:
+        same = (data.action == data.action[0]).all()
+        return f"one action, {dict(zip(data.actions, data.action[0].tolist(), strict=True))}" if same else ""
+    counts = np.bincount(data.action, minlength=len(data.actions))
+    return f"{data.actions[int(counts.argmax())]!r} of {', '.join(data.actions)}" if (counts > 0).sum() == 1 else ""
+
+
+def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> Actions:
+    """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
+    if spec.action_space == "discrete":
+        return Actions(list(spec.actions))
+    if spec.action_space == "parametric":
+        return Actions([], described=NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX]))
+    if unknown := set(spec.action_bounds) - set(data.actions):
+        raise StageError(f"actionBounds.{min(unknown)}: the log's actions have {', '.join(data.actions)}")
+    bounds = []
+    for i, name in enumerate(data.actions):
+        given = spec.action_bounds.get(name)
+        low, high = (given.low, given.high) if given else (float(v(data.action[:, i])) for v in (np.min, np.max))
+        if low == high:
+            raise StageError(f"action: {name} is {low:g} in all decisions: set actionBounds.{name}, or leave it out")
+        bounds.append((low, high))
+    return Actions(data.actions, bounds)
 
 
 def check_converges(score: float, loss: float, most: float, step: int) -> None:
@@ -113,15 +157,16 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
     data, _ = load_transitions(features, spec).split(spec)
     algorithm = spec.algorithm
-    check_fits(data, algorithm.config)
+    check_fits(data, spec)
+    actions = find_actions(data, spec, normalization_dir)
     # Fixed atoms bound the values themselves.
-    bounded = not isinstance(algorithm.config, QLearning) or isinstance(algorithm.config, C51)
+    bounded = isinstance(algorithm.config, BehaviourCloning | C51)
     most = math.inf if bounded else _most(data, spec)
     monte_carlo = torch.from_numpy(data.returns @ data.weight_vector(spec.reward.metric_weights))
-    network = build_network(algorithm, normalization, len(spec.actions))
+    network = build_network(algorithm, normalization, actions)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
-    everything = isinstance(algorithm.config, BehaviourCloning)
-    store = build_store(data, network.normalization, spec.reward, looks_ahead, everything)
+    everything = not isinstance(algorithm.config, QLearning | ActorCritic)
+    store = build_store(data, network, spec.reward, looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
         raise StageError(
@@ -130,21 +175,26 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         )
     learner = build_learner(algorithm, network)
     learner.compute_in(spec.training.precision)
-    trainer = Trainer(learner, algorithm.config.learning_rate)
+    learner.expect(len(usable))
+    trainer = Trainer(learner, algorithm.learning_rate)
     started_from = None
-    if warm_start:
-        started_from = start_from(warm_start, network, trainer.optimizer, normalization, list(spec.actions))
+    if warm_start and trainer.optimizer:
+        started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions)
         learner.catch_up()
     finished = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, finished)
-    distributed = DistributedDataParallel(learner, forward_sync_buffers=False)
-    trainer.call = distributed
+    # An actor that moves every few steps has no gradient in the others.
+    delayed = isinstance(learner, TD3Learner)
+    if trainer.optimizer:
+        distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
+        trainer.call = distributed
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     batches = torch.from_numpy(
         permuted_batches(usable, spec.training.batch_size, steps, spec.seed, rank, workers).astype(np.int64)
     )
-    distributed.register_comm_hook(batches.shape[1] / spec.training.batch_size, whole_batch_gradients)
+    if trainer.optimizer:
+        distributed.register_comm_hook(batches.shape[1] / spec.training.batch_size, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(usable[np.linspace(0, len(usable) - 1, min(4096, len(usable))).astype(int)])
     provenance = {
@@ -159,54 +209,30 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         "discount_interval": spec.reward.discount_interval,
         "warm_start": started_from,
     }
-    board = SummaryWriter(output / "tensorboard") if rank == 0 else None
-    losses = (output / "losses.jsonl").open("a", buffering=1) if rank == 0 else None
+    figures = Figures(output, learner, store.batch(probe), monte_carlo[probe], actions) if rank == 0 else None
     recent: list[torch.Tensor] = []
     for step in range(finished * per_epoch + 1, steps + 1):
         loss, q_mean = trainer.step(store.batch(batches[step - 1]))
         recent.append(loss)
         if step % LOG_EVERY and step % per_epoch:
             continue
-        if board and losses:
-            td_loss = torch.stack(recent).mean().item()
-            check_converges(q_mean.item(), td_loss, most, step)
-            network.eval()
-            with torch.no_grad():
-                q = learner.values(store.state[probe])
-            network.train()
-            chosen = q.gather(1, store.action[probe].unsqueeze(1)).squeeze(1)
-            mc_loss = (chosen - monte_carlo[probe]).abs().mean().item()
-            epoch = (step - 1) // per_epoch + 1
-            gradients = [p.grad for p in learner.parameters() if p.grad is not None]
-            figures = {
-                "td_loss": td_loss,
-                "mc_loss": mc_loss,
-                "q_mean": q_mean.item(),
-                "q_stddev": chosen.std().item(),
-                "q_maximum": q.max().item(),
-                "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(),
-            }
-            losses.write(json.dumps({"step": step, "epoch": epoch} | figures) + "\n")
-            for name, figure in figures.items():
-                board.add_scalar(name, figure, step)
-            if step % per_epoch == 0:
-                frequencies = torch.bincount(q.argmax(1), minlength=len(spec.actions)) / len(probe)
-                for name, frequency in zip(spec.actions, frequencies.tolist(), strict=True):
-                    board.add_scalar(f"greedy_action/{name}", frequency, step)
-            report(step, steps, f"epoch {epoch} td_loss {td_loss:.3f} mc_loss {mc_loss:.2f}")
+        epoch, ends_epoch = (step - 1) // per_epoch + 1, step % per_epoch == 0
+        if figures:
+            mean_loss, score = torch.stack(recent).mean().item(), q_mean.item()
+            check_converges(score, mean_loss, most, step)
+            figures.write(step, steps, epoch, ends_epoch, mean_loss, score)
         recent.clear()
-        if step % per_epoch == 0 and rank == 0:
-            epoch = step // per_epoch
+        if ends_epoch and rank == 0:
+            learner.settle()
             last = epoch == spec.training.epochs
             for directory in [output / "epochs" / f"{epoch:03d}"] + ([output / "policy"] if last else []):
                 write_bundle(
-                    directory, network, algorithm, normalization, list(spec.actions), spec.export,
+                    directory, network, algorithm, normalization, actions, spec.export,
                     provenance | {"epoch": epoch}, trainer.optimizer if last else None,
                 )  # fmt: skip
             save_checkpoint(trainer, epoch, output / CHECKPOINTS)
-    if board and losses:
-        board.close()
-        losses.close()
+    if figures:
+        figures.close()
 
 
 def _most(data: Transitions, spec: JobSpec) -> float:
@@ -234,19 +260,10 @@ def check_alike(trainer: Trainer, finished: int) -> None:
 def _clear_up(output: Path, rank: int, finished: int, epochs: int) -> None:
     """Take away what came after the epochs that are finished."""
     if rank == 0:
-        losses = output / "losses.jsonl"
-        lines = losses.read_text().splitlines(keepends=True) if losses.exists() else []
-        losses.write_text("".join(line for line in lines if _epoch(line) <= finished))
+        forget_after(output, finished)
         broken_off = [d for d in (output / "epochs").glob("*") if int(d.name) > finished]
         for directory in broken_off + ([output / "policy"] if finished < epochs else []):
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def _epoch(line: str) -> float:
-    try:
-        return float(json.loads(line)["epoch"])
-    except ValueError:
-        return float("inf")  # cut off while it was written
 
 
 if __name__ == "__main__":

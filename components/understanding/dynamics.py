@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
-from components.transitions import Transitions
+from components.transitions import Lists, Transitions
 
 BATCH = 512
 HIDDEN = 128
@@ -27,7 +27,8 @@ class Outcomes:
 
     state: Tensor  # float32 [N, S], normalized
     features: dict[str, np.ndarray]  # columns of the state by feature
-    action: Tensor  # float32 [N, A], one-hot
+    action: Tensor  # float32 [N, A], one-hot; of described or continuous actions their standardized numbers
+    named: bool  # whether actions are names
     propensity: Tensor  # float32 [N], NaN = not logged
     before: Tensor  # float32 [N, S + A + 1]: the step before, and 1; all 0 where there is none
     values: Tensor  # float32 [N, O], each with mean 0 and variance 1 over the rows that have it
@@ -42,7 +43,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
     graph = NormalizationGraph(normalization)
     with torch.no_grad():
         state = graph(torch.from_numpy(data.state))
-    action = nn.functional.one_hot(torch.from_numpy(data.action), len(data.actions)).float()
+    action, named = _action(data)
     follows = np.append(False, (data.mdp[1:] == data.mdp[:-1]) & ~(data.terminal | data.truncated)[:-1])
     before = torch.cat([state, action, torch.ones(len(data), 1)], 1).roll(1, 0)
     before *= torch.from_numpy(follows).float().unsqueeze(1)
@@ -66,6 +67,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
         state=state[usable],
         features={name: np.flatnonzero(sources == name) for name in dict.fromkeys(graph.output_features)},
         action=action[usable],
+        named=named,
         propensity=torch.from_numpy(data.propensity).float()[usable],
         before=before[usable],
         values=values[:, varies].float(),
@@ -74,6 +76,19 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
         steady=[name for name, kept in zip(names, varies.tolist(), strict=True) if not (kept or name.endswith(OTHER))],
         mdp=data.mdp[usable.numpy()],
     )
+
+
+def _action(data: Transitions) -> tuple[Tensor, bool]:
+    """The logged actions as numbers, float32 [N, A], and whether those only tell names apart."""
+    if isinstance(data.possible, Lists):
+        numbers = data.possible.described[data.possible.items[data.possible.offsets[:-1] + data.action]]
+    elif data.action.ndim == 2:
+        numbers = data.action
+    else:
+        return nn.functional.one_hot(torch.from_numpy(data.action), len(data.actions)).float(), True
+    # What is missing is the mean, as in the networks.
+    mean, spread = np.nanmean(numbers, 0), np.nanstd(numbers, 0)
+    return torch.from_numpy(np.nan_to_num((numbers - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)), False
 
 
 def _next_names(features: list[str], normalization: NormalizationSpec) -> list[str]:
@@ -138,8 +153,12 @@ def likely_action(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Te
     It says about the state what the logged action says, and nothing else: what is explained beyond it is the action's
     doing. This is the conditional randomization of Candes et al. 2018 (arXiv 1610.02351, section 4.1), as is
     `likely_before`. Where the propensity p was logged, the action stays with probability p; else, and among the others,
-    probabilities fitted to `rows` decide.
+    probabilities fitted to `rows` decide. Of actions that are numbers, what the state tells of them stays, and the rest
+    is another decision's.
     """
+    if not data.named:
+        everywhere = torch.ones(len(data.action), 1, dtype=torch.bool)
+        return _with_anothers_rest(data.state, data.action, everywhere, rows, steps, seed)
     model = fit(data.state, data.action, torch.ones_like(data.action, dtype=torch.bool), rows, steps, seed)
     with torch.no_grad():
         probability = model(data.state).clamp(min=1e-6)
@@ -161,16 +180,21 @@ def likely_before(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Te
     `rows` themselves is smaller than it should be, the model having seen them: do not use theirs.
     """
     now = torch.cat([data.state, data.action], 1)
-    known = data.before[:, -1:] > 0
-    usable = np.intersect1d(rows, np.flatnonzero(known.squeeze(1).numpy()))
-    if len(usable) == 0:
-        return data.before
-    model = fit(now, data.before, known.expand_as(data.before), usable, steps, seed)
-    with torch.no_grad():
-        expected = model(now)
-    rest = data.before - expected
-    others = np.setdiff1d(np.flatnonzero(known.squeeze(1).numpy()), rows)
-    rest[others] = rest[np.random.default_rng(seed).permutation(others)]
-    made = torch.where(known, expected + rest, 0.0)
+    made = _with_anothers_rest(now, data.before, data.before[:, -1:] > 0, rows, steps, seed)
     made[:, -1] = data.before[:, -1]
     return made
+
+
+def _with_anothers_rest(x: Tensor, y: Tensor, known: Tensor, rows: np.ndarray, steps: int, seed: int) -> Tensor:
+    """y where it is `known` [N, 1], of which what x tells stays, and outside of `rows` the rest is another row's."""
+    there = np.flatnonzero(known.squeeze(1).numpy())
+    usable = np.intersect1d(rows, there)
+    if len(usable) == 0:
+        return y.clone()
+    model = fit(x, y, known.expand_as(y), usable, steps, seed)
+    with torch.no_grad():
+        expected = model(x)
+    rest = y - expected
+    others = np.setdiff1d(there, rows)
+    rest[others] = rest[np.random.default_rng(seed).permutation(others)]
+    return torch.where(known, expected + rest, 0.0)

@@ -131,7 +131,7 @@ def _examine(data: Outcomes, mdp_ids: list[str], steps: int, seed: int) -> dict[
     before, _ = errors(second, data.state, data.action, data.before)
     gains["markov"] = shares(likely - before, nothing, mdp)
     checks = {name: judge(name, gains[name], data.names) for name in UNDERSTANDING_CHECKS}
-    if len(data.action.sum(0).nonzero()) < 2:
+    if (data.action == data.action[0]).all():
         checks["action_effect"] = _unknown("one action alone is in the log: nothing else was tried")
     return {
         "checks": checks,

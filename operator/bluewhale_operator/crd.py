@@ -15,13 +15,17 @@ from pydantic import BaseModel
 
 from bluewhale_operator.outcome import GROUP
 from contracts.job import (
+    ALGORITHMS,
     C51,
     SCHEDULED_NAME_LENGTH,
     SCHEDULED_NAME_TOO_LONG,
     Algorithm,
+    Bounds,
     Canary,
     Features,
     JobSpec,
+    Sweep,
+    SweepParameter,
     Training,
     Workers,
 )
@@ -85,6 +89,22 @@ RULES: dict[type[BaseModel], list[Rule]] = {
     Training: [
         Rule("self.batchSize % self.workers.max == 0", "batchSize must be a multiple of workers.max", "batchSize")
     ],
+    SweepParameter: [
+        Rule(
+            "self.choices.size() > 0 ? !has(self.low) && !has(self.high) : has(self.low) && has(self.high)",
+            "set low and high, or choices",
+        ),
+        Rule("!(has(self.low) && has(self.high)) || self.low < self.high", "low must be below high", "low"),
+        Rule("!self.log || (has(self.low) && self.low > 0.0)", "log needs a low above 0", "log"),
+    ],
+    Sweep: [
+        Rule(
+            "self.parameters.all(p, p.startsWith('algorithm.') || p.startsWith('training.'))",
+            "only settings of algorithm and training are searched",
+            "parameters",
+        )
+    ],
+    Bounds: [Rule("self.low < self.high", "low must be below high", "low")],
     C51: [Rule("self.lowestReturn < self.highestReturn", "lowestReturn must be below highestReturn", "lowestReturn")],
     Canary: [
         Rule(
@@ -105,7 +125,25 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "data",
         ),
         Rule(
-            "self.export.policy != 'threshold' || self.actions.size() <= 2",
+            "self.actionSpace == 'continuous' || self.actionBounds.size() == 0",
+            "actionBounds are those of continuous actions",
+            "actionBounds",
+        ),
+        Rule(
+            " && ".join(
+                f"(self.actionSpace != '{space}' || {' || '.join(f'has(self.algorithm.{name})' for name in fit)})"
+                for space, fit in ALGORITHMS.items()
+            ),
+            "the algorithm cannot learn from actions of this actionSpace",
+            "algorithm",
+        ),
+        Rule(
+            "self.actionSpace == 'discrete' || !has(self.deploy.service)",
+            "a policy over described or continuous actions is exported, not rolled out",
+            "deploy",
+        ),
+        Rule(
+            "self.export.policy != 'threshold' || self.actions.size() == 2",
             "export.policy threshold is for two actions",
             "export",
         ),

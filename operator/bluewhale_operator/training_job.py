@@ -488,6 +488,9 @@ class _Step:
             self._event(EventReason.STOPPED_BY_GATE, text, warning=True)
             self._fail(Reason.STOPPED_BY_GATE, text)
             return
+        if record.get("rollout") == "exported":
+            self._complete(Reason.EXPORTED, f"the policy is exported: {record.get('message', '')}".rstrip(": "))
+            return
         service = self.spec.deploy.service or self.job["metadata"]["name"]
         if self.status.rollout is None:
             self.status.rollout = RolloutStatus(service=service)

@@ -219,7 +219,20 @@ class TestDiscount:
         assert data.discount_from_start(reward).tolist() == pytest.approx([1.0, 0.25, 0.25 * 0.5**0.5, 1.0])
 
 
-def test_actions_that_are_not_discrete_are_refused_before_training(tmp_path: Path) -> None:
-    spec = JobSpec.model_validate({"actionSpace": "continuous"})
-    with pytest.raises(StageError, match=r"actionSpace continuous: .* no algorithm here learns them yet"):
-        load(tmp_path, [row("a", 1)], spec=spec)
+def test_a_continuous_action_without_one_of_its_numbers_is_refused(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "mdp_id": ["a", "a"], "ordinal": [1, 2], "action_feature_price": [1.0, 2.0],
+            "action_feature_size": [None, 3.0], "action_probability": [None, 0.5], "state_x": [0.0, 1.0],
+            "metrics": pa.array([[("reward", 1.0)]] * 2, pa.map_(pa.string(), pa.float64())),
+            "returns": pa.array([[("reward", 1.0)]] * 2, pa.map_(pa.string(), pa.float64())),
+            "time_diff": [1, None], "terminal": [False, True], "truncated": [False, False],
+        }
+    )  # fmt: skip
+    with stage("features", tmp_path / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts |= {"features": ["x"], "action_features": ["price", "size"]}
+    spec = JobSpec.model_validate({"actionSpace": "continuous", "algorithm": {"iql": {}}})
+    with pytest.raises(StageError, match="action: size is missing in 1 of 2 decisions"):
+        load_transitions(tmp_path / "features", spec)

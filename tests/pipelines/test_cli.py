@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from kfp import dsl
+from pydantic.alias_generators import to_camel
 
 from contracts.job import load_job
 from pipelines import reaper
@@ -96,7 +97,7 @@ def test_a_stage_is_given_only_what_it_reads(run):
     given = parameters(load_job(EXAMPLE).spec, "log.parquet", "v")
     for stage in STAGES:
         sections = set(json.loads(given[f"{stage}_job"])) - {"actionSpace", "actions", "seed"}
-        assert sections == {section.partition(".")[0] for section in SECTIONS[stage]}
+        assert sections == {to_camel(section.partition(".")[0]) for section in SECTIONS[stage]}
     assert json.loads(given["understanding_job"])["evaluation"] == {"gate": {"metric": "balanced"}}
 
 

@@ -13,8 +13,9 @@ import torch
 
 from components.evaluation.evaluate import _whole_mdps, evaluate, judge, propensities
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_network
 from components.training.bundle import read_bundle, write_bundle
-from components.training.learners import build_network
 from components.transitions import Transitions, load_transitions
 from contracts.hashing import unit_interval
 from contracts.job import DQN, ESTIMATORS, Algorithm, Gate, JobSpec, PolicyHead
@@ -146,9 +147,15 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for epoch in (1, 2):
             torch.manual_seed(epoch)
             algorithm = Algorithm(dqn=DQN(hiddenLayers=[8]))
-            network = build_network(algorithm, normalization, 2)
+            network = build_network(algorithm, normalization, Actions(SPEC.actions))
             write_bundle(
-                directory / "epochs" / f"{epoch:03}", network, algorithm, normalization, SPEC.actions, PolicyHead(), {}
+                directory / "epochs" / f"{epoch:03}",
+                network,
+                algorithm,
+                normalization,
+                Actions(SPEC.actions),
+                PolicyHead(),
+                {},
             )
     return root
 
@@ -213,12 +220,12 @@ def test_the_verdict_is_in_the_record(stages: Path, report: dict[str, Any]) -> N
     assert report["gate"]["verdict"] in ("pass", "fail")
 
 
-def test_without_propensities_only_the_direct_method_is_left(stages: Path, tmp_path: Path) -> None:
+def test_without_propensities_only_the_direct_methods_are_left(stages: Path, tmp_path: Path) -> None:
     evaluate(SPEC, stages / "without_propensities", stages / "training", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for estimator in ESTIMATORS:
         found = report["final"][estimator]
-        if estimator == "stepwise_direct_method":
+        if estimator.endswith("direct_method"):
             assert sorted(found) == ["cost", "gain", "reward"]
         else:
             assert list(found) == ["refused"]

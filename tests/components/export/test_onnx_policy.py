@@ -13,9 +13,10 @@ from scipy import stats
 from scipy.special import softmax
 from torch import nn
 
-from components.export.onnx_policy import OUTPUTS, TOLERANCE, ServedPolicy, check_onnx, export_onnx
+from components.export.onnx_policy import TOLERANCE, ServedPolicy, check_onnx, export_onnx, served
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.learners import build_network
+from components.training.actions import Actions
+from components.training.algorithms.build import build_network
 from components.training.network import Head, LogisticPolicy, Normalized
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
@@ -38,6 +39,8 @@ SPEC = NormalizationSpec(
         feature("f", "probability", mean=0.5, stddev=1.5),
     ],
 )
+OUTPUTS = ["q_values", "greedy_action", "propensities", "sampled_action"]
+ABC = Actions(["a", "b", "c"])
 AT_07 = PolicyHead(temperature=0.7)
 EXTREMES = np.array([[v] * 7 for v in (np.nan, np.inf, -np.inf, 0, -0.0, 1e-45, 1e30, -1e30)], np.float32)
 
@@ -52,15 +55,26 @@ class Exported(NamedTuple):
     def run(self, state: np.ndarray, uniform: np.ndarray, possible: np.ndarray) -> dict[str, np.ndarray]:
         session = onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
         inputs = {"state": state, "uniform": uniform.astype(np.float32), "possible": possible}
-        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
+        return dict(zip(OUTPUTS, session.run(OUTPUTS, inputs), strict=True))
 
 
 def q_network(seed: int = 0) -> Normalized:
     torch.manual_seed(seed)
-    network = build_network(Algorithm.model_validate({"dqn": {"hiddenLayers": [16, 16]}}), SPEC, 3)
+    network = build_network(Algorithm.model_validate({"dqn": {"hiddenLayers": [16, 16]}}), SPEC, ABC)
     with torch.no_grad():
         network.network.advantage.weight *= 5
     return network
+
+
+def described(features: int, actions: int) -> dict[str, Any]:
+    return {"features": [""] * features, "actions": [""] * actions, "action_space": "discrete"}
+
+
+def exported_to(path: Path, network: nn.Module, head: PolicyHead, features: int, actions: int) -> ServedPolicy:
+    made = served(network, head, "discrete")
+    assert isinstance(made, ServedPolicy)
+    export_onnx(made, described(features, actions), path)
+    return made
 
 
 def states(rows: int, features: int, seed: int = 0) -> np.ndarray:
@@ -73,13 +87,13 @@ def states(rows: int, features: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def q_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = tmp_path_factory.mktemp("q") / "model.onnx"
-    return Exported(export_onnx(q_network(), AT_07, 7, 3, path), path, 7, 3, 0.7)
+    return Exported(exported_to(path, q_network(), AT_07, 7, 3), path, 7, 3, 0.7)
 
 
 @pytest.fixture(scope="module")
 def logistic_policy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = tmp_path_factory.mktemp("logistic") / "model.onnx"
-    return Exported(export_onnx(LogisticPolicy([0.4, -1.0], 0.2), PolicyHead(), 2, 2, path), path, 2, 2, 1.0)
+    return Exported(exported_to(path, LogisticPolicy([0.4, -1.0], 0.2), PolicyHead(), 2, 2), path, 2, 2, 1.0)
 
 
 @pytest.fixture(params=["q_policy", "logistic_policy"])
@@ -89,7 +103,11 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 
 def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Exported) -> None:
     every = np.concatenate([states(1000, exported.features), EXTREMES[:, : exported.features]])
-    assert check_onnx(exported.policy, exported.path, every, exported.actions, seed=0) <= TOLERANCE == 1e-5
+    assert (
+        check_onnx(exported.policy, described(exported.features, exported.actions), exported.path, every, seed=0)
+        <= TOLERANCE
+        == 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,10 +124,10 @@ def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Ex
 )
 def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    network = build_network(Algorithm.model_validate(algorithm), SPEC, 3).eval()
-    policy = export_onnx(network, AT_07, 7, 3, tmp_path / "model.onnx")
+    network = build_network(Algorithm.model_validate(algorithm), SPEC, ABC).eval()
+    policy = exported_to(tmp_path / "model.onnx", network, AT_07, 7, 3)
     every = np.concatenate([states(1000, 7), EXTREMES])
-    assert check_onnx(policy, tmp_path / "model.onnx", every, 3, seed=0) <= TOLERANCE
+    assert check_onnx(policy, described(7, 3), tmp_path / "model.onnx", every, seed=0) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -141,16 +159,16 @@ def test_a_threshold_is_reached_by_the_sigmoid_of_the_seconds_advantage(advantag
 @pytest.mark.parametrize("policy", ["greedy", "epsilonGreedy", "threshold"])
 def test_a_graph_chooses_as_its_head_does(tmp_path: Path, policy: str) -> None:
     actions = 2 if policy == "threshold" else 3
-    network = build_network(Algorithm.model_validate({"dqn": {}}), SPEC, actions).eval()
-    made = export_onnx(network, PolicyHead.model_validate({"policy": policy}), 7, actions, tmp_path / "model.onnx")
+    network = build_network(Algorithm.model_validate({"dqn": {}}), SPEC, Actions(ABC.names[:actions])).eval()
+    made = exported_to(tmp_path / "model.onnx", network, PolicyHead.model_validate({"policy": policy}), 7, actions)
     every = np.concatenate([states(1000, 7), EXTREMES])
-    assert check_onnx(made, tmp_path / "model.onnx", every, actions, seed=0) <= TOLERANCE
+    assert check_onnx(made, described(7, actions), tmp_path / "model.onnx", every, seed=0) <= TOLERANCE
 
 
 def test_an_impossible_action_is_not_taken_in_place_of_one_that_the_log_never_takes(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = build_network(Algorithm.model_validate({"bcq": {"threshold": 1.0}}), SPEC, 3).eval()
-    policy = export_onnx(network, PolicyHead(), 7, 3, tmp_path / "model.onnx")
+    network = build_network(Algorithm.model_validate({"bcq": {"threshold": 1.0}}), SPEC, ABC).eval()
+    policy = exported_to(tmp_path / "model.onnx", network, PolicyHead(), 7, 3)
     exported = Exported(policy, tmp_path / "model.onnx", 7, 3, 1.0)
     rows = states(64, 7)
     best = exported.run(rows, np.zeros((64, 1)), np.ones((64, 3), bool))["greedy_action"]
@@ -226,7 +244,7 @@ def test_outputs_have_the_declared_types(exported: Exported) -> None:
 
 def refused(policy: ServedPolicy, path: Path) -> str:
     with pytest.raises(StageError) as caught:
-        check_onnx(policy, path, states(200, 7), 3, seed=0)
+        check_onnx(policy, described(7, 3), path, states(200, 7), seed=0)
     return str(caught.value)
 
 
@@ -251,18 +269,14 @@ def test_a_corrupted_weight_is_refused(q_policy: Exported, tmp_path: Path, value
     assert "differs from torch" in refused(q_policy.policy, tmp_path / "model.onnx")
 
 
-class Reversed(nn.Module):
+class Reversed(ServedPolicy):
     """Samples from the other end: the same propensities, other actions."""
 
-    def __init__(self, policy: ServedPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, state: torch.Tensor, uniform: torch.Tensor, possible: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, greedy, propensities, _ = self.policy(state, uniform, possible)
-        return q, greedy, propensities, self.policy(state, 1 - uniform, possible)[3]
+    def choose(self, q_values: torch.Tensor, uniform: torch.Tensor, possible: torch.Tensor) -> tuple[Any, ...]:
+        q, greedy, propensities, _ = super().choose(q_values, uniform, possible)
+        return q, greedy, propensities, super().choose(q_values, 1 - uniform, possible)[3]
 
 
 def test_other_actions_are_refused_though_all_probabilities_agree(q_policy: Exported) -> None:
-    other = Reversed(q_policy.policy)
+    other = Reversed(q_policy.policy.network, AT_07).eval()
     assert "sampled_action of the ONNX graph differs from torch" in refused(other, q_policy.path)

@@ -14,6 +14,7 @@ from components.export import policy as module
 from components.export.onnx_policy import ServedPolicy
 from components.export.policy import write_version
 from components.export.repository import read_policies, version_of, write_config
+from components.training.actions import Actions
 from components.training.network import LogisticPolicy
 from contracts.job import PolicyHead
 from contracts.stage import StageError
@@ -24,7 +25,7 @@ STATES = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
 
 def write(repository: Path, digest: str, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
-        "features": ["x", "y"], "actions": ["left", "right"], "states": STATES, "backend": "python"
+        "features": ["x", "y"], "actions": Actions(["left", "right"]), "states": STATES, "backend": "python"
     }  # fmt: skip
     given |= changes
     weights = [0.5] * len(given["features"])
@@ -71,6 +72,7 @@ def test_a_policy_is_described(repository: Path) -> None:
         "digest": FIRST,
         "version": 2,
         "features": ["x", "y"],
+        "action_space": "discrete",
         "actions": ["left", "right"],
         "head": {"policy": "softmax", "temperature": 1.0},
         "onnx_digest": hashlib.sha256(graph).hexdigest(),
@@ -113,7 +115,7 @@ def test_the_onnxruntime_backend_needs_no_python_model(tmp_path: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout alone: no graph is made or checked."""
 
-    def export(network: torch.nn.Module, head: PolicyHead, features: int, actions: int, path: Path) -> None:
+    def export(made: torch.nn.Module, policy: dict[str, Any], path: Path) -> None:
         path.write_text("graph")
 
     monkeypatch.setattr(module, "export_onnx", export)
@@ -122,7 +124,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    "changes", [{"features": ["x", "z"]}, {"features": ["y", "x"]}, {"actions": ["right", "left"]}]
+    "changes", [{"features": ["x", "z"]}, {"features": ["y", "x"]}, {"actions": Actions(["right", "left"])}]
 )
 def test_policies_of_different_features_or_actions_cannot_share_a_repository(
     tmp_path: Path, changes: dict[str, Any]
@@ -163,7 +165,13 @@ def test_the_configuration_follows_the_versions_that_are_there(tmp_path: Path) -
 
 @pytest.mark.usefixtures("quick")
 def test_widths_are_those_of_the_policy(tmp_path: Path) -> None:
-    write(tmp_path, FIRST, features=["x", "y", "z"], actions=["a", "b", "c", "d"], states=np.zeros((1, 3), np.float32))
+    write(
+        tmp_path,
+        FIRST,
+        features=["x", "y", "z"],
+        actions=Actions(["a", "b", "c", "d"]),
+        states=np.zeros((1, 3), np.float32),
+    )
     found = dims(config(tmp_path))
     assert found["state"] == ("TYPE_FP32", 3)
     assert found["possible"] == ("TYPE_BOOL", 4)
@@ -173,9 +181,8 @@ def test_widths_are_those_of_the_policy(tmp_path: Path) -> None:
 def test_states_on_which_the_graph_fails_are_found_before_the_policy_is_described(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(network: torch.nn.Module, *rest: Any) -> Any:
-        real(network, *rest)
-        return ServedPolicy(LogisticPolicy([0.5, -0.5], 0.1), PolicyHead())
+    def other(made: torch.nn.Module, *rest: Any) -> None:
+        real(ServedPolicy(LogisticPolicy([0.5, -0.5], 0.1), PolicyHead()), *rest)
 
     real = module.export_onnx
     monkeypatch.setattr(module, "export_onnx", other)

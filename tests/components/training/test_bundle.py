@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
+from components.training.algorithms.learner import Batch
 from components.training.bundle import OPTIMIZER, WEIGHTS, read_bundle, write_bundle
-from components.training.learners import Batch, build_learner, build_network
 from components.training.trainer import Trainer
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
@@ -43,12 +45,12 @@ EACH = [
     algorithm("bcq"),
     algorithm("behaviourCloning"),
 ]
-ACTIONS = ["left", "right", "stay"]
+ACTIONS = Actions(["left", "right", "stay"])
 
 
 def network(seed: int = 0, algorithm: Algorithm = ALGORITHM) -> nn.Module:
     torch.manual_seed(seed)
-    return build_network(algorithm, SPEC, len(ACTIONS))
+    return build_network(algorithm, SPEC, ACTIONS)
 
 
 def write(directory: Path, **changes: Any) -> str:
@@ -87,7 +89,7 @@ def test_the_same_policy_has_the_same_digest_wherever_it_came_from(tmp_path: Pat
     "change",
     [
         {"network": network(seed=1)},
-        {"actions": ["left", "stay", "right"]},
+        {"actions": Actions(["left", "stay", "right"])},
         {"head": PolicyHead(temperature=0.6)},
         {"head": PolicyHead(policy="greedy")},
         {"algorithm": algorithm(learningRate=0.01, double=False)},
@@ -118,7 +120,7 @@ def test_a_bundle_of_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "policy")
     path = tmp_path / "policy" / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
-    with pytest.raises(StageError, match=r"a bundle of version 1, 2 is wanted; train again"):
+    with pytest.raises(StageError, match=r"a bundle of version 1, 3 is wanted; train again"):
         read_bundle(tmp_path / "policy")
 
 
@@ -162,4 +164,4 @@ def test_the_description_is_json_that_names_the_network(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "policy" / "bundle.json").read_text())
     assert description["digest"] == digest
     assert description["algorithm"]["dqn"]["hiddenLayers"] == [16, 8]
-    assert description["actions"] == ACTIONS
+    assert description["actions"] == ACTIONS.names

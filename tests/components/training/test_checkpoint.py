@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.training.algorithms.learner import Batch
+from components.training.algorithms.values import DQNLearner
 from components.training.checkpoint import DESCRIPTION, STATE, load_checkpoint, save_checkpoint
-from components.training.learners import Batch, DQNLearner
 from components.training.network import QNetwork
 from components.training.trainer import Trainer
 from contracts.job import DQN

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.training.network import Normalized
 from components.training.store import Store, build_store, over_steps
 from components.transitions import Transitions
 from contracts.job import Reward
@@ -14,6 +15,9 @@ NEXT = np.array([1, 2, 3, 3, 5, 6, 6])
 TERMINAL = np.array([0, 0, 0, 1, 0, 0, 0], bool)
 TRUNCATED = np.array([0, 0, 0, 0, 0, 0, 1], bool)
 HALF = np.full(7, 0.5, np.float32)
+
+
+NOTHING_DONE = Normalized(torch.nn.Identity(), torch.nn.Identity())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -65,9 +69,9 @@ def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
         returns=np.ones((n, 1), np.float32), time_diff=np.ones(n), terminal=np.zeros(n, bool),
         truncated=np.array([False, True, True]), ordinal=np.ones(n, int), mdp=np.arange(n), mdp_ids=["", "", ""],
     )  # fmt: skip
-    usable = [build_store(data, torch.nn.Identity(), Reward(), everything=every).usable for every in (False, True)]
+    usable = [build_store(data, NOTHING_DONE, Reward(), everything=every).usable for every in (False, True)]
     assert [rows.tolist() for rows in usable] == [[0], [0, 1, 2]]
-    assert build_store(data, torch.nn.Identity(), Reward()).possible is None
+    assert build_store(data, NOTHING_DONE, Reward()).possible is None
 
 
 def test_a_discount_of_its_own_for_each_decision() -> None:

@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
+from components.training.algorithms.learner import Batch
 from components.training.bundle import read_bundle, write_bundle
-from components.training.learners import Batch, build_learner, build_network
 from components.training.network import Normalized
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
 from contracts.job import Algorithm, PolicyHead
 
-ACTIONS = ["left", "right"]
+ACTIONS = Actions(["left", "right"])
 
 
 def feature(name: str, type_: str = "continuous", **parameters: Any) -> FeatureNormalization:
@@ -36,7 +38,7 @@ BCQ: dict[str, Any] = {"bcq": {"hiddenLayers": [8], "noisy": True}}
 def begun(algorithm: dict[str, Any], normalization: NormalizationSpec, seed: int = 0) -> tuple[Normalized, Trainer]:
     made = Algorithm.model_validate(algorithm)
     torch.manual_seed(seed)
-    network = build_network(made, normalization, 2)
+    network = build_network(made, normalization, ACTIONS)
     return network, Trainer(build_learner(made, network), 0.01)
 
 
@@ -106,7 +108,7 @@ def test_new_features_and_values_change_nothing_at_first_and_are_learned(
     ("now", "actions", "layers", "said"),
     [
         (BEFORE, ACTIONS, [9], "its layers are not this job's"),
-        (BEFORE, ["up", "down"], [8], "its actions are not this job's: left, right"),
+        (BEFORE, Actions(["up", "down"]), [8], "its actions are not this job's: left, right"),
         (spec(PLACE), ACTIONS, [8], r"its features are not this job's: x (continuous) is gone"),
         (spec(feature("x", "binary"), PLACE), ACTIONS, [8], "x (continuous) is binary now"),
         (spec(X, feature("place", "enum", values=[2.0, 3.0])), ACTIONS, [8], "place has no value 1 any more"),
@@ -114,7 +116,7 @@ def test_new_features_and_values_change_nothing_at_first_and_are_learned(
 )
 def test_with_a_policy_that_does_not_fit_begins_anew_and_says_why(
     bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str], now: NormalizationSpec,
-    actions: list[str], layers: list[int], said: str,
+    actions: Actions, layers: list[int], said: str,
 ) -> None:  # fmt: skip
     name, settings = next(iter(algorithm.items()))
     network, trainer = begun({name: settings | {"hiddenLayers": layers}}, now)

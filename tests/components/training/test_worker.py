@@ -206,7 +206,7 @@ def transitions(actions: list[int], truncated: bool = False) -> Transitions:
 )
 def test_a_log_that_cannot_be_learned_from_is_refused(data: Transitions, said: str) -> None:
     with pytest.raises(StageError, match=said):
-        check_fits(data, SPEC.algorithm.config)
+        check_fits(data, SPEC)
 
 
 @pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])

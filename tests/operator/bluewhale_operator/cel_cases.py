@@ -36,6 +36,18 @@ def policy(letter: str, **fields: Any) -> Object:
 SIMULATION = {"environment": "CartPole-v1", "behaviourPolicy": {"weights": {"pole_angle": 1.0}}}
 NIGHTLY = {"cron": "0 3 * * *"}
 
+PRICE: dict[str, Any] = {
+    "actions": [],
+    "actionSpace": "continuous",
+    "algorithm": {"iql": {}},
+    "actionBounds": {"price": {"low": 0.0, "high": 1.0}},
+}
+
+
+def sweep(**parameter: Any) -> Object:
+    return {"parameters": {"algorithm.dqn.learningRate": parameter}}
+
+
 # Of each field that stays as it is while a job runs: another value.
 FIXED_IN_A_JOB: dict[str, Any] = {
     "actions": ["left", "stay", "right"],
@@ -45,6 +57,8 @@ FIXED_IN_A_JOB: dict[str, Any] = {
     "reward": {"metricWeights": {"clicks": 1.0}},
     "normalization": {"overrides": {"x": "enum"}},
     "understanding": {"require": ["action_effect"]},
+    "actionBounds": {"price": {"low": 0.0, "high": 1.0}},
+    "sweep": {"parameters": {"training.batchSize": {"choices": ["256", "512"]}}},
     "algorithm": {"dqn": {"double": False}},
     "training": {"epochs": 11},
     "evaluation": {"gate": {"enabled": False}},
@@ -126,6 +140,44 @@ CASES = [
         job(algorithm={"c51": {"lowestReturn": 1.0, "highestReturn": 1.0}}),
     ),
     Case("set exactly one of dqn", job(algorithm={"cql": {}}), job(algorithm={"cql": {}, "bcq": {}})),
+    Case(
+        "the algorithm cannot learn from actions of this actionSpace",
+        job(actions=[], actionSpace="continuous", algorithm={"sac": {}}),
+        job(actions=[], actionSpace="continuous", algorithm={"dqn": {}}),
+    ),
+    Case(
+        "the algorithm cannot learn from actions of this actionSpace",
+        job(actions=[], actionSpace="parametric", algorithm={"cql": {}}),
+        job(actions=[], actionSpace="parametric", algorithm={"bcq": {}}),
+    ),
+    Case(
+        "actionBounds are those of continuous actions",
+        job(**PRICE),
+        job(actionBounds=PRICE["actionBounds"]),
+    ),
+    Case("low must be below high", job(**PRICE), job(**PRICE | {"actionBounds": {"price": {"low": 1.0, "high": 1.0}}})),
+    Case(
+        "a policy over described or continuous actions is exported, not rolled out",
+        job(deploy={"service": "shop"}),
+        job(**PRICE, deploy={"service": "shop"}),
+    ),
+    Case(
+        "set low and high, or choices",
+        job(sweep=sweep(low=1.0, high=2.0)),
+        job(sweep=sweep(low=1.0, high=2.0, choices=["1.0", "2.0"])),
+    ),
+    Case(
+        "only settings of algorithm and training are searched",
+        job(sweep=sweep(low=1.0, high=2.0)),
+        job(sweep={"parameters": {"reward.discount": {"low": 0.5, "high": 0.9}}}),
+    ),
+    Case("set low and high, or choices", job(sweep=sweep(choices=["1.0", "2.0"])), job(sweep=sweep(low=1.0))),
+    Case("low must be below high", job(sweep=sweep(low=1.0, high=2.0)), job(sweep=sweep(low=2.0, high=2.0))),
+    Case(
+        "log needs a low above 0",
+        job(sweep=sweep(low=0.1, high=2.0, log=True)),
+        job(sweep=sweep(low=0.0, high=2.0, log=True)),
+    ),
     Case("metadata.name must have at most 52 characters", job("x" * 52), job("x" * 53)),
     Case("metadata.name must have at most 52 characters", service("x" * 52), service("x.y")),
     Case(

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.learners import (
-    Batch,
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
+from components.training.algorithms.learner import Batch
+from components.training.algorithms.values import (
     BCQLearner,
     BehaviourCloner,
     C51Learner,
     CQLLearner,
     DQNLearner,
     QRDQNLearner,
-    build_learner,
-    build_network,
 )
 from components.training.network import NEVER, CategoricalNetwork, ConstrainedNetwork, Head, QuantileNetwork
 from components.training.trainer import Trainer
@@ -199,7 +199,7 @@ def learned(algorithm: dict[str, Any], goes_on: float = 0.5, steps: int = 1200) 
     name, settings = next(iter(algorithm.items()))
     slowly = {} if name == "behaviourCloning" else {"targetUpdateRate": 0.05}
     made = Algorithm.model_validate({name: fast | slowly | settings})
-    network = build_network(made, PLACES, 2)
+    network = build_network(made, PLACES, Actions(["back", "on"]))
     trainer = Trainer(build_learner(made, network), made.config.learning_rate)
     rng = np.random.default_rng(0)
     for _ in range(steps):
@@ -309,7 +309,7 @@ def test_bcq_serves_the_likeliest_action_where_none_that_it_would_take_is_possib
     found = Head(PolicyHead())(scores, torch.tensor([[False, True, True]]))
     assert found.tolist() == [[0.0, 0.0, 1.0]]
     torch.testing.assert_close(
-        BCQLearner(network, BCQ()).values(torch.tensor([[0.0]])), torch.tensor([[1.0, 9.0, 5.0]])
+        BCQLearner(network, BCQ()).valuing(torch.tensor([[0.0]])), torch.tensor([[1.0, 9.0, 5.0]])
     )
 
 
@@ -373,7 +373,7 @@ def test_where_all_actions_are_possible_it_need_not_be_said() -> None:
 def test_half_precision_is_near_and_of_training_alone(algorithm: dict[str, Any]) -> None:
     made = Algorithm.model_validate(algorithm)
     torch.manual_seed(0)
-    policy = build_network(made, PLACES, 2)
+    policy = build_network(made, PLACES, Actions(["back", "on"]))
     learner = build_learner(made, policy)
     one = chain_batch(np.random.default_rng(0), 64)
     one = replace(one, state=policy.normalization(one.state), next_state=policy.normalization(one.next_state))

@@ -1,0 +1,91 @@
+"""What a policy would do at logged decisions, in the form that the estimators take, for every kind of action."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.training.algorithms.actor_critic import Actor, ActorCriticNetwork
+from components.training.bundle import Bundle
+from components.training.network import Head, NormalizedPairs
+from components.training.store import normalized
+from components.transitions import Lists, Transitions
+
+PAIRS = 1_000_000
+"""Pairs of state and action that are scored at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of N decisions the actions that a policy may take, end to end, each with G normalized features."""
+
+    features: Tensor  # float32 [T, G]
+    offsets: np.ndarray  # int64 [N + 1]
+    probability: Tensor  # float32 [T]
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the rows [B]: which of them each action belongs to, its features, its probability."""
+        starts = torch.from_numpy(self.offsets)[rows]
+        lengths = torch.from_numpy(np.diff(self.offsets))[rows]
+        row = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        begins = lengths.cumsum(0) - lengths
+        places = (starts - begins)[row] + torch.arange(len(row))
+        return row, self.features[places], self.probability[places]
+
+
+def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
+    """The served policy's probability of each discrete action, float64 [N, A]: 0 of those not possible."""
+    with torch.no_grad():
+        scores = bundle.network(torch.from_numpy(data.state)).double()
+        return np.asarray(Head(bundle.head)(scores, torch.from_numpy(data.possible)).numpy())
+
+
+def logged_features(bundle: Bundle, data: Transitions) -> Tensor:
+    """Normalized features of the logged actions, float32 [N, G], where actions are described or continuous."""
+    if isinstance(data.possible, Lists):
+        taken = data.possible.items[data.possible.offsets[:-1] + data.action]
+        return _described(bundle, data.possible.described)[torch.from_numpy(taken)]
+    return _actor(bundle).as_unit(torch.from_numpy(data.action))
+
+
+def plan(bundle: Bundle, data: Transitions) -> Plan:
+    """What the policy would do where actions are described or continuous."""
+    with torch.no_grad():
+        if not isinstance(data.possible, Lists):
+            states = torch.from_numpy(data.state)
+            unit = _actor(bundle).as_unit(bundle.network(states))
+            return Plan(unit, np.arange(len(data) + 1), torch.ones(len(data)))
+        lists, network = data.possible, bundle.network
+        assert isinstance(network, NormalizedPairs)
+        features = _described(bundle, lists.described)[torch.from_numpy(lists.items)]
+        states = normalized(network.normalization, data.state)
+        row = np.repeat(np.arange(len(data)), np.diff(lists.offsets))
+        rows = torch.from_numpy(row)
+        scores = torch.cat(
+            [
+                network.network(torch.cat([states[rows[i : i + PAIRS]], features[i : i + PAIRS]], 1))
+                for i in range(0, len(rows), PAIRS)
+            ]
+        )
+        probability = Head(bundle.head).over_lists(scores.squeeze(1).double(), rows, len(data))
+        return Plan(features, lists.offsets, probability.float())
+
+
+def taken_probability(chosen: Plan, data: Transitions) -> np.ndarray:
+    """Of the logged actions among described ones, float64 [N]."""
+    return np.asarray(chosen.probability[torch.from_numpy(chosen.offsets[:-1] + data.action)].double().numpy())
+
+
+def _described(bundle: Bundle, described: np.ndarray) -> Tensor:
+    assert isinstance(bundle.network, NormalizedPairs)
+    with torch.no_grad():
+        return normalized(bundle.network.of_actions, described)
+
+
+def _actor(bundle: Bundle) -> Actor:
+    network = bundle.network.network
+    assert isinstance(network, ActorCriticNetwork)
+    return network.actor

@@ -1,0 +1,194 @@
+"""Try settings, judge each by counterfactual evaluation, and train with the best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from components.evaluation.evaluate import evaluate
+from components.sweep.page import write_page
+from components.training.launch import train
+from components.transitions import held_out
+from contracts import progress
+from contracts.job import JobSpec, SweepParameter
+from contracts.stage import RECORD, StageError, code_version, read_record, stage
+
+TRIAL, REPORT, PAGE = "trial.json", "sweep.json", "sweep.html"
+BATCH_ROWS = 1 << 16
+
+
+def sweep_and_train(
+    spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path, warm_start: str = ""
+) -> None:
+    """Train with the settings that are best by `spec.sweep`; what was tried is in `sweep.json` and `sweep.html`.
+
+    Each trial trains on a part of the training MDPs and is judged on the rest of them, so that the MDPs that evaluation
+    holds out decide nothing here. Trials that are finished are not repeated after a kill. Raises `StageError` when no
+    trial could be judged.
+    """
+    output = Path(output)
+    work = output.with_name(f"{output.name}.sweep")
+    read_record(features), read_record(normalization)
+    chosen, tried = search(spec, Path(features), Path(normalization), work)
+    train(chosen, features, normalization, output, warm_start, known={"sweep": _outcome(tried)})
+    (output / REPORT).write_text(json.dumps({"parameters": _ranges(spec), "trials": tried}, indent=2))
+    write_page(spec, tried, output / PAGE)
+    shutil.rmtree(work)
+
+
+def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tuple[JobSpec, list[dict[str, Any]]]:
+    """The job with the best settings, and what was tried: {number, settings, value, low, high, seconds, failed}.
+
+    The Tree-structured Parzen Estimator (Bergstra et al. 2011) of Optuna proposes; the first trial is the job's own
+    settings. Best is the highest lower bound of the gate's estimate.
+    """
+    assert spec.sweep
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    mine = _identity(spec, features, normalization)
+    if not (work / "identity").is_file() or (work / "identity").read_text() != mine:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        training_mdps(spec, features, work / "features")
+        (work / "identity").write_text(mine)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
+    own = {path: _of(spec, path) for path in spec.sweep.parameters}
+    within = {path: p for path, p in spec.sweep.parameters.items() if _within(p, own[path])}
+    study.enqueue_trial({path: _named(p, own[path]) for path, p in within.items()})
+    tried: list[dict[str, Any]] = []
+    for number in range(spec.sweep.trials):
+        trial = study.ask()
+        settings = {path: _suggest(trial, path, p, own[path]) for path, p in spec.sweep.parameters.items()}
+        progress.report(number, spec.sweep.trials, f"trial {number + 1}: {_in_words(settings)}")
+        found = try_settings(spec, settings, number, normalization, work)
+        tried.append(found)
+        if found["failed"]:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, found["low"])
+    judged = [each for each in tried if not each["failed"]]
+    if not judged:
+        raise StageError(f"sweep: no trial of {len(tried)} could be judged; the last: {tried[-1]['failed']}")
+    best = max(judged, key=lambda each: each["low"])
+    progress.report(spec.sweep.trials, spec.sweep.trials, f"best: {_in_words(best['settings'])}")
+    return spec.with_settings(best["settings"]), tried
+
+
+def try_settings(
+    spec: JobSpec, settings: dict[str, Any], number: int, normalization: Path, work: Path
+) -> dict[str, Any]:
+    """Train and judge once; what is finished comes back as it was."""
+    assert spec.sweep
+    directory = work / f"{number:04}"
+    if (directory / TRIAL).is_file():
+        known: dict[str, Any] = json.loads((directory / TRIAL).read_text())
+        if known["settings"] == settings:
+            return known
+    shutil.rmtree(directory, ignore_errors=True)
+    started = time.time()
+    found: dict[str, Any] = {"number": number, "settings": settings, "failed": None}
+    gate = spec.evaluation.gate
+    try:
+        made = spec.with_settings(settings | ({"training.epochs": spec.sweep.epochs} if spec.sweep.epochs else {}))
+        # Another seed: the MDPs that a trial is judged on are others in each split, and none of the gate's.
+        made = made.model_copy(update={"seed": (spec.seed + 1) % 2**31})
+        with progress.silent():
+            train(made, work / "features", normalization, directory / "training")
+            evaluate(made, work / "features", directory / "training", directory / "evaluation", last_only=True)
+        report = json.loads((directory / "evaluation" / "report.json").read_text())["final"][gate.estimator]
+        if "refused" in report:
+            raise StageError(f"sweep: the gate's estimator {gate.estimator} is refused: {report['refused']}")
+        found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
+    except StageError as error:
+        found["failed"] = str(error).splitlines()[0]
+    found["seconds"] = round(time.time() - started, 2)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    unfinished = directory / f".{TRIAL}"
+    unfinished.write_text(json.dumps(found))
+    unfinished.replace(directory / TRIAL)
+    return found
+
+
+def training_mdps(spec: JobSpec, features: Path, output: Path) -> None:
+    """The features stage's training data without the MDPs that evaluation holds out."""
+    data = ds.dataset(features / "training", format="parquet")
+    with stage("features", output) as (directory, facts):
+
+        def kept() -> Iterator[pa.RecordBatch]:
+            for batch in data.to_batches(batch_size=BATCH_ROWS):
+                ids = batch["mdp_id"].dictionary_encode()
+                out = held_out(ids.dictionary.to_pylist(), spec)
+                rows = np.flatnonzero(~out[ids.indices.to_numpy()]) if len(out) else np.zeros(0, int)
+                yield batch.take(rows)
+
+        ds.write_dataset(kept(), directory / "training", schema=data.schema, format="parquet")
+        facts |= {k: v for k, v in read_record(features).items() if k in ("features", "action_features")}
+
+
+def _identity(spec: JobSpec, features: Path, normalization: Path) -> str:
+    """What trials depend on."""
+    records = [(directory / RECORD).read_text() for directory in (features, normalization)]
+    return hashlib.sha256("".join([spec.model_dump_json(), code_version(), *records]).encode()).hexdigest()
+
+
+def _of(spec: JobSpec, path: str) -> Any:
+    level: Any = spec.model_dump(by_alias=True)
+    for part in path.split("."):
+        level = level[part]
+    return level
+
+
+def _within(parameter: SweepParameter, value: Any) -> bool:
+    if parameter.choices:
+        return value in parameter.values()
+    return isinstance(value, (int, float)) and parameter.values()[0] <= value <= parameter.values()[1]
+
+
+def _named(parameter: SweepParameter, value: Any) -> Any:
+    return parameter.choices[parameter.values().index(value)] if parameter.choices else value
+
+
+def _suggest(trial: optuna.Trial, path: str, parameter: SweepParameter, own: Any) -> Any:
+    if parameter.choices:
+        return parameter.values()[parameter.choices.index(trial.suggest_categorical(path, parameter.choices))]
+    low, high = parameter.values()
+    if isinstance(own, float):
+        return trial.suggest_float(path, low, high, log=parameter.log)
+    return trial.suggest_int(path, math.ceil(low), math.floor(high), log=parameter.log)
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{path.rpartition('.')[2]} {value:.3g}" if isinstance(value, float) else f"{path.rpartition('.')[2]} {value}"
+        for path, value in settings.items()
+    )
+
+
+def _ranges(spec: JobSpec) -> dict[str, Any]:
+    assert spec.sweep
+    return {path: p.model_dump(by_alias=True, exclude_none=True) for path, p in spec.sweep.parameters.items()}
+
+
+def _outcome(tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stage's record says of the sweep."""
+    judged = [each for each in tried if not each["failed"]]
+    best = max(judged, key=lambda each: each["low"])
+    own = tried[0]
+    return {
+        "trials": len(tried),
+        "failed": len(tried) - len(judged),
+        "settings": best["settings"],
+        "low": best["low"],
+        "own_low": None if own["failed"] else own["low"],
+    }

@@ -1,0 +1,148 @@
+"""Contextual bandits: what an action brings at once, by models that know how sure they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from components.training.algorithms.learner import Batch, Learner, taken
+
+NODES = 32
+
+
+class LinearRewards(nn.Module):
+    """Ridge regression of the reward on the normalized features and 1, for each action by itself.
+
+    Of each action the sum of x x^T over its decisions, and that of reward * x; `settle` finds from them the weights
+    theta = (lambda I + sum x x^T)^-1 sum reward x and their covariance.
+    """
+
+    def __init__(self, inputs: int, actions: int, regularization: float) -> None:
+        super().__init__()
+        self.regularization, width = regularization, inputs + 1
+        for name, shape in (
+            ("outer", (actions, width, width)),
+            ("moment", (actions, width)),
+            ("theta", (actions, width)),
+            ("covariance", (actions, width, width)),
+        ):
+            self.register_buffer(name, torch.zeros(shape))
+        self.settle(1.0)
+
+    def add(self, x: Tensor, action: Tensor, reward: Tensor) -> None:
+        """Decisions [B] with normalized features [B, F]; of all workers, where there are several."""
+        hot = functional.one_hot(action, self.get_buffer("moment").shape[0]).to(x.dtype)
+        known = _with_one(x)
+        outer = torch.einsum("ba,bi,bj->aij", hot, known, known)
+        moment = torch.einsum("ba,b,bi->ai", hot, reward, known)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(outer)
+            dist.all_reduce(moment)
+        self.get_buffer("outer").add_(outer)
+        self.get_buffer("moment").add_(moment)
+
+    def settle(self, share: float) -> None:
+        """Find the weights, each sum counted for `share` of itself."""
+        outer = self.get_buffer("outer").double() * share
+        outer = outer + self.regularization * torch.eye(outer.shape[1], dtype=torch.float64)
+        covariance = torch.linalg.inv(outer)
+        theta = torch.einsum("aij,aj->ai", covariance, self.get_buffer("moment").double() * share)
+        self.get_buffer("covariance").copy_(covariance)
+        self.get_buffer("theta").copy_(theta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Expected rewards: float32 [B, F] -> [B, A]."""
+        return _with_one(x) @ self.get_buffer("theta").T
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """How unsure they are, in units of the noise's deviation: [B, A]."""
+        known = _with_one(x)
+        variance = torch.einsum("bi,aij,bj->ba", known, self.get_buffer("covariance"), known)
+        return variance.clamp(min=1e-12).sqrt()
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+class UpperBounds(nn.Module):
+    """LinUCB (Li et al. 2010, arXiv 1003.0146, algorithm 1): the expected reward and alpha times its deviation."""
+
+    def __init__(self, rewards: LinearRewards, alpha: float) -> None:
+        super().__init__()
+        self.rewards, self.alpha = rewards, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rewards(x) + self.alpha * self.rewards.deviation(x)
+
+
+class ThompsonSampling(nn.Module):
+    """Linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352): log-probabilities of being the best action.
+
+    So a softmax at temperature 1 acts as if rewards were drawn from the posterior, with propensities that are known.
+    They are found by Gauss-Hermite quadrature over the reward of each action.
+    """
+
+    def __init__(self, rewards: LinearRewards, deviation: float) -> None:
+        super().__init__()
+        self.rewards, self.noise = rewards, deviation
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32))
+        self.register_buffer("weights", torch.tensor(weights / math.sqrt(2 * math.pi), dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.rewards(x), self.noise * self.rewards.deviation(x)
+        at = mean.unsqueeze(2) + deviation.unsqueeze(2) * self.get_buffer("nodes")  # [B, A, nodes]
+        behind = (at.unsqueeze(3) - mean[:, None, None, :]) / deviation[:, None, None, :]
+        below = 0.5 * (1 + torch.erf(behind / math.sqrt(2)))
+        # Its own place does not count: an action need not be better than itself.
+        own = torch.eye(mean.shape[1], dtype=torch.bool, device=x.device)[None, :, None, :]
+        others = torch.where(own, 1.0, below).prod(3)
+        best = (others * self.get_buffer("weights")).sum(2).clamp(min=1e-12)
+        return (best / best.sum(1, keepdim=True)).log()
+
+
+class LinearBandit(Learner):
+    """Learns by counting, not by steps: each decision once, however often batches show it."""
+
+    network: UpperBounds | ThompsonSampling
+
+    def __init__(self, network: UpperBounds | ThompsonSampling) -> None:
+        super().__init__(network)
+        self.rows = 0
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def expect(self, rows: int) -> None:
+        self.rows = rows
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        expected = taken(self.network.rewards(batch.state), batch.action, None)
+        with torch.no_grad():
+            self.network.rewards.add(batch.state, batch.action, batch.reward)
+            size = batch.reward.new_tensor(len(batch.reward), dtype=torch.int64)
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(size)
+            self.get_buffer("seen").add_(size)
+        return functional.mse_loss(expected, batch.reward), expected.mean()
+
+    def settle(self) -> None:
+        seen = int(self.get_buffer("seen"))
+        self.network.rewards.settle(min(1.0, self.rows / seen) if self.rows and seen else 1.0)
+
+    @property
+    def valuing(self) -> nn.Module:
+        return self.network.rewards
+
+
+class LogisticBandit(Learner):
+    """The probability of a reward by a logistic model of each action; scores are its logits."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logit = taken(self.network(batch.state), batch.action, None)
+        loss = functional.binary_cross_entropy_with_logits(logit, batch.reward)
+        return loss, torch.sigmoid(logit.detach()).mean()

@@ -1,0 +1,170 @@
+"""Algorithms for actions that are listed, by name or by description: what each is worth, or how likely it is."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from components.training.algorithms.learner import (
+    Batch,
+    Learner,
+    best,
+    logsumexp,
+    negative_log_likelihood,
+    score,
+    score_taken,
+    taken,
+)
+from components.training.network import CategoricalNetwork, ConstrainedNetwork, QuantileNetwork
+from contracts import job
+
+
+class BehaviourCloner(Learner):
+    """The logged policy by maximum likelihood: minimizes -log pi(a | s) over the possible actions."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        scores = score(self.network, batch.state, batch.possible)
+        loss = negative_log_likelihood(scores, batch.action, batch.possible)
+        return loss, taken(scores, batch.action, batch.possible).detach().mean()
+
+
+class DQNLearner(Learner):
+    """Deep Q-learning (Mnih et al. 2015): Huber's loss of Q(s, a) against r + discount * Q'(s', a').
+
+    Q' follows Q slowly. a' is the best action at s' by Q when double (van Hasselt et al. 2016, arXiv 1509.06461,
+    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen. Q' has no
+    noise where layers are noisy.
+    """
+
+    def __init__(self, network: nn.Module, config: job.QLearning) -> None:
+        super().__init__(network)
+        self.target = copy.deepcopy(network).requires_grad_(False).eval()
+        self.config = config
+        self._slow: list[Tensor] = list(self.target.parameters())
+        self._fast: list[Tensor] = list(network.parameters())
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            scores = score(self.target, batch.next_state, batch.next_possible)
+            following = taken(scores, self.next_action(batch, scores), batch.next_possible)
+            wanted = batch.reward + batch.discount * torch.where(batch.terminal, 0.0, following)
+        q, penalty = self.value_and_penalty(batch)
+        return functional.smooth_l1_loss(q, wanted) + penalty, q.detach().mean()
+
+    def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
+        """int64 [B]: the action whose value at the next state the target adds; `by_target` are the scores of Q'."""
+        if self.config.next_action == "logged":
+            return batch.next_action
+        scores = score(self.network, batch.next_state, batch.next_possible) if self.config.double else by_target
+        return best(scores, batch.next_possible)
+
+    def value_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        """Q(s, a) of the logged actions, [B], and what the loss has beside the temporal difference."""
+        return score_taken(self.network, batch.state, batch.action, batch.possible), 0.0
+
+    def follow(self) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(self._slow, self._fast, self.config.target_update_rate)
+
+    def catch_up(self) -> None:
+        self.target.load_state_dict(self.network.state_dict())
+
+
+class CQLLearner(DQNLearner):
+    """Conservative Q-learning for discrete actions (Kumar et al. 2020, arXiv 2006.04779, equation 4, CQL(H)).
+
+    Adds alpha * mean(log sum_a exp Q(s, a) - Q(s, a_logged)), over the actions that were possible.
+    """
+
+    config: job.CQL
+
+    def value_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        values = score(self.network, batch.state, batch.possible)
+        q = taken(values, batch.action, batch.possible)
+        return q, self.config.alpha * (logsumexp(values, batch.possible) - q).mean()
+
+
+class BCQLearner(DQNLearner):
+    """Batch-constrained Q-learning for discrete actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
+
+    A model of the logged policy, learned with the values, says which actions may be chosen. Where none of them is
+    possible, the likeliest that is stands in.
+    """
+
+    network: ConstrainedNetwork
+    target: ConstrainedNetwork
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            # What may be chosen is said by the network that learns; the value is that of the one that follows.
+            values = self.target.values(batch.next_state)
+            following = taken(values, self.next_action(batch, values), None)
+            wanted = batch.reward + batch.discount * torch.where(batch.terminal, 0.0, following)
+        q = taken(self.network.values(batch.state), batch.action, None)
+        logits = self.network.imitation(batch.state)
+        imitation = negative_log_likelihood(logits, batch.action, batch.possible)
+        # A logit that grows without bound says nothing more (the paper's own code regularizes it so).
+        return functional.smooth_l1_loss(q, wanted) + imitation + 1e-2 * logits.square().mean(), q.detach().mean()
+
+    def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
+        if self.config.next_action == "logged":
+            return batch.next_action
+        scores = self.network.values(batch.next_state) if self.config.double else by_target
+        chosen = self.network.constrained(scores, self.network.imitation(batch.next_state))
+        return best(chosen, batch.next_possible)
+
+    @property
+    def valuing(self) -> nn.Module:
+        return self.network.values
+
+
+class C51Learner(DQNLearner):
+    """The distribution of returns over fixed atoms (Bellemare et al. 2017, arXiv 1707.06887, algorithm 1).
+
+    Minimizes the cross-entropy of the predicted distribution against that of r + discount * Z'(s', a'), whose mass is
+    shared between the two atoms next to where it falls.
+    """
+
+    network: CategoricalNetwork
+    target: CategoricalNetwork
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        atoms = self.network.get_buffer("atoms")
+        width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+        with torch.no_grad():
+            logits = score(self.target.logits, batch.next_state, batch.next_possible)
+            action = self.next_action(batch, self.target.expected(logits))
+            mass = torch.softmax(taken(logits, action, batch.next_possible), 1)
+            ahead = torch.where(batch.terminal, 0.0, batch.discount).unsqueeze(1) * atoms
+            fallen = (batch.reward.unsqueeze(1) + ahead).clamp(atoms[0], atoms[-1])
+            place = (fallen - atoms[0]) / width
+            # How much of each share falls to each atom: all where it falls upon it, nothing a width away.
+            near = (1 - (place.unsqueeze(2) - torch.arange(len(atoms), device=atoms.device)).abs()).clamp(min=0)
+            wanted = (mass.unsqueeze(2) * near).sum(1)
+        predicted = score_taken(self.network.logits, batch.state, batch.action, batch.possible)
+        return functional.cross_entropy(predicted, wanted), self.network.expected(predicted).detach().mean()
+
+
+class QRDQNLearner(DQNLearner):
+    """Quantiles of the distribution of returns (Dabney et al. 2018, arXiv 1710.10044, equations 9-10, kappa = 1)."""
+
+    network: QuantileNetwork
+    target: QuantileNetwork
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            quantiles = score(self.target.quantiles, batch.next_state, batch.next_possible)
+            ahead = taken(quantiles, self.next_action(batch, quantiles.mean(-1)), batch.next_possible)
+            ahead = batch.discount.unsqueeze(1) * torch.where(batch.terminal.unsqueeze(1), 0.0, ahead)
+            wanted = batch.reward.unsqueeze(1) + ahead
+        predicted = score_taken(self.network.quantiles, batch.state, batch.action, batch.possible)
+        n = predicted.shape[1]
+        level = (torch.arange(n, device=predicted.device) + 0.5) / n
+        difference = wanted.unsqueeze(1) - predicted.unsqueeze(2)
+        size = difference.abs()
+        huber = torch.where(size > 1, size - 0.5, 0.5 * size.square())
+        weight = (level.unsqueeze(1) - (difference.detach() < 0).float()).abs()
+        return (weight * huber).mean(2).sum(1).mean(), predicted.detach().mean()

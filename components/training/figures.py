@@ -1,0 +1,73 @@
+"""What people watch while a policy is trained: a line of JSON, TensorBoard's curves, and the progress shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from components.training.actions import Actions
+from components.training.algorithms.learner import Batch, Learner
+from contracts.progress import report
+
+LOSSES = "losses.jsonl"
+
+
+class Figures:
+    """Writes `losses.jsonl` and `tensorboard` below a directory, of a batch that stays the same: the probe.
+
+    Per look: the mean loss since the one before, the mean distance of the logged actions' scores to their Monte-Carlo
+    returns, those scores' mean and deviation, the largest score, the size of the gradient; with each epoch how often
+    the policy takes each action, or what it sets each number of an action to on average.
+    """
+
+    def __init__(self, directory: Path, learner: Learner, probe: Batch, returns: Tensor, actions: Actions) -> None:
+        self.learner, self.probe, self.returns, self.actions = learner, probe, returns, actions
+        self.board = SummaryWriter(directory / "tensorboard")
+        self.losses = (directory / LOSSES).open("a", buffering=1)
+
+    def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, loss: float, score: float) -> None:
+        self.learner.settle()
+        self.learner.eval()
+        with torch.no_grad():
+            logged, best, action = self.learner.examine(self.probe)
+        self.learner.train()
+        gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
+        figures = {
+            "td_loss": loss,
+            "mc_loss": (logged - self.returns).abs().mean().item(),
+            "q_mean": score,
+            "q_stddev": logged.std().item(),
+            "q_maximum": best.max().item(),
+            "gradient_norm": torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0,
+        }
+        self.losses.write(json.dumps({"step": step, "epoch": epoch} | figures) + "\n")
+        for name, figure in figures.items():
+            self.board.add_scalar(name, figure, step)
+        if ends_epoch and self.actions.names:
+            discrete = self.actions.space == "discrete"
+            counts = torch.bincount(action, minlength=len(self.actions.names)) if discrete else action.sum(0)
+            for name, share in zip(self.actions.names, (counts / len(action)).tolist(), strict=True):
+                self.board.add_scalar(f"greedy_action/{name}", share, step)
+        report(step, steps, f"epoch {epoch} td_loss {loss:.3f} mc_loss {figures['mc_loss']:.2f}")
+
+    def close(self) -> None:
+        self.board.close()
+        self.losses.close()
+
+
+def forget_after(directory: Path, epoch: int) -> None:
+    """Take the lines of later epochs from `losses.jsonl`, as well as one that was cut off."""
+    losses = directory / LOSSES
+    lines = losses.read_text().splitlines(keepends=True) if losses.exists() else []
+    losses.write_text("".join(line for line in lines if _epoch(line) <= epoch))
+
+
+def _epoch(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except ValueError:
+        return float("inf")

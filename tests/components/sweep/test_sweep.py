@@ -1,0 +1,189 @@
+"""A sweep finds better settings than the job's own, looks at no MDP of the gate, and goes on after a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.sweep import sweep as module
+from components.sweep.sweep import search, sweep_and_train, training_mdps
+from components.transitions import held_out, load_transitions
+from contracts.job import JobSpec
+from contracts.stage import StageError, read_record, stage
+
+MDPS = 400
+JOB: dict[str, Any] = {
+    "actions": ["left", "right"],
+    "seed": 3,
+    # With so little to learn by, the job's own learning rate leaves the policy as it began.
+    "algorithm": {"dqn": {"hiddenLayers": [16], "learningRate": 1e-6}},
+    "training": {"batchSize": 64, "epochs": 2, "stepsPerEpoch": 60},
+    "export": {"temperature": 0.1},
+    "evaluation": {
+        "bootstrapSamples": 100, "fittedQSteps": 30, "gate": {"metric": "reward", "estimator": "stepwise_doubly_robust"}
+    },
+    "sweep": {
+        "trials": 3,
+        "epochs": 1,
+        "parameters": {"algorithm.dqn.learningRate": {"choices": ["0.000001", "0.02"]}},
+    },
+}  # fmt: skip
+SPEC = JobSpec.model_validate(JOB)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One decision for each MDP; right is right where x is positive."""
+    root, rng = tmp_path_factory.mktemp("stages"), np.random.default_rng(0)
+    x, action = rng.normal(size=MDPS), rng.integers(2, size=MDPS)
+    reward = [[("reward", float(a == (v > 0)))] for v, a in zip(x, action, strict=True)]
+    as_map = pa.map_(pa.string(), pa.float64())
+    table = pa.table(
+        {
+            "mdp_id": [f"mdp-{m:04}" for m in range(MDPS)],
+            "ordinal": np.ones(MDPS, np.int64),
+            "action": [SPEC.actions[a] for a in action],
+            "action_probability": np.full(MDPS, 0.5),
+            "possible_actions": pa.nulls(MDPS, pa.list_(pa.string())),
+            "metrics": pa.array(reward, as_map),
+            "returns": pa.array(reward, as_map),
+            "time_diff": pa.nulls(MDPS, pa.int64()),
+            "terminal": np.ones(MDPS, bool),
+            "truncated": np.zeros(MDPS, bool),
+            "state_x": x,
+        }
+    )
+    with stage("features", root / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts["features"] = ["x"]
+    with stage("normalization", root / "normalization") as (directory, _):
+        column = FeatureNormalization(name="x", type="continuous", how="by hand", evidence={})
+        NormalizationSpec(inputs=["x"], features=[column]).write(directory / "spec.json")
+    return root
+
+
+@pytest.fixture(scope="module")
+def swept(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("swept") / "training"
+    sweep_and_train(SPEC, stages / "features", stages / "normalization", output)
+    return output
+
+
+def test_the_policy_is_trained_with_the_settings_that_were_judged_best(swept: Path) -> None:
+    record = read_record(swept)
+    found = record["sweep"]
+    assert found["settings"] == {"algorithm.dqn.learningRate": 0.02}
+    assert found["low"] > found["own_low"]
+    assert (found["trials"], found["failed"]) == (3, 0)
+    bundle = json.loads((swept / "policy" / "bundle.json").read_text())
+    assert bundle["algorithm"]["dqn"]["learningRate"] == 0.02
+    assert bundle["digest"] == record["digest"]
+    assert len(list((swept / "epochs").iterdir())) == 2  # those of the job, not of the trials
+
+
+def test_what_was_tried_is_told_the_jobs_own_settings_first(swept: Path) -> None:
+    report = json.loads((swept / "sweep.json").read_text())
+    assert report["parameters"] == {"algorithm.dqn.learningRate": {"log": False, "choices": ["0.000001", "0.02"]}}
+    first, *_ = report["trials"]
+    assert first["settings"] == {"algorithm.dqn.learningRate": 1e-6}
+    assert all(t["low"] <= t["value"] <= t["high"] for t in report["trials"])
+    html = (swept / "sweep.html").read_text()
+    assert "3 of 3 trials could be judged, by the stepwise doubly robust estimate" in html
+    assert html.count("<svg") == 1
+    assert not swept.with_name("training.sweep").exists()
+
+
+def test_no_trial_sees_an_mdp_that_the_gate_is_judged_on(stages: Path, tmp_path: Path) -> None:
+    training_mdps(SPEC, stages / "features", tmp_path / "features")
+    whole = load_transitions(stages / "features", SPEC)
+    gate = {m for m, out in zip(whole.mdp_ids, held_out(whole.mdp_ids, SPEC), strict=True) if out}
+    kept = load_transitions(tmp_path / "features", SPEC)
+    assert set(kept.mdp_ids) == set(whole.mdp_ids) - gate
+    judging = SPEC.model_copy(update={"seed": SPEC.seed + 1})
+    train, judged = kept.split(judging)
+    assert 0.2 < judged.mdp.size / (train.mdp.size + judged.mdp.size) < 0.4
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Trials whose value is known without any training; a small learning rate cannot be judged."""
+    asked: list[dict[str, Any]] = []
+
+    def train(spec: JobSpec, features: Path, normalization: Path, output: Path) -> None:
+        asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs})
+        if spec.algorithm.learning_rate < 1e-4:
+            raise StageError("training diverges")
+
+    def evaluate(spec: JobSpec, features: Path, training: Path, output: Path, last_only: bool) -> None:
+        output.mkdir(parents=True)
+        value = -((np.log10(spec.algorithm.learning_rate) + 2) ** 2)
+        found = {"reward": {"value": value, "low": value - 1, "high": value + 1, "relative": None}}
+        (output / "report.json").write_text(json.dumps({"final": {"stepwise_doubly_robust": found}}))
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    return asked
+
+
+def ranged(trials: int, **changes: Any) -> JobSpec:
+    parameters = {"algorithm.dqn.learningRate": {"low": 1e-6, "high": 1.0, "log": True} | changes}
+    return JobSpec.model_validate(JOB | {"sweep": {"trials": trials, "parameters": parameters}})
+
+
+def test_a_range_is_searched_where_it_pays(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:
+    chosen, tried = search(ranged(25), stages / "features", stages / "normalization", tmp_path / "work")
+    assert chosen.algorithm.learning_rate == pytest.approx(0.01, rel=1.0)
+    assert chosen.sweep is None
+    assert chosen.seed == SPEC.seed
+    assert tried[0]["failed"] == "training diverges"
+    assert len(judged) == 25
+    late = [t["low"] for t in tried[15:] if not t["failed"]]
+    early = [t["low"] for t in tried[:8] if not t["failed"]]
+    assert np.mean(late) > np.mean(early)
+
+
+def test_finished_trials_are_not_repeated_after_a_kill(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ranged(8), stages / "features", stages / "normalization"
+    whole = search(*given, tmp_path / "undisturbed")
+    real, left = module.train, [5]
+
+    def killed(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(*given, tmp_path / "work")
+    monkeypatch.setattr(module, "train", real)
+    before = len(judged)
+    again = search(*given, tmp_path / "work")
+    assert len(judged) - before == 3
+    assert again[0] == whole[0]
+    assert [t["settings"] for t in again[1]] == [t["settings"] for t in whole[1]]
+
+
+def test_trials_of_another_job_are_not_taken_for_this_ones(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    given = stages / "features", stages / "normalization", tmp_path / "work"
+    search(ranged(4), *given)
+    search(ranged(4, high=0.5), *given)
+    assert len(judged) == 8
+
+
+def test_a_sweep_of_which_nothing_can_be_judged_says_why(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    spec = ranged(3, low=1e-6, high=1e-5)
+    with pytest.raises(StageError, match="no trial of 3 could be judged; the last: training diverges"):
+        search(spec, stages / "features", stages / "normalization", tmp_path / "work")

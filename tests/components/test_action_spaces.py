@@ -1,0 +1,246 @@
+"""From training data to an exported graph where actions are described, or are numbers: learned, judged and served."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.evaluation.evaluate import evaluate
+from components.export.policy import export_policy
+from components.export.repository import MODEL, read_policies
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.worker import check_fits, find_actions
+from components.transitions import Lists, load_transitions
+from components.understanding.understand import understand
+from contracts.job import JobSpec
+from contracts.stage import StageError, read_record, stage
+
+ROOT = Path(__file__).parents[2]
+STEPS, MDPS = 3, 900
+N = STEPS * MDPS
+RNG = np.random.default_rng(0)
+COMMON: dict[str, Any] = {
+    "seed": 1,
+    "reward": {"metricWeights": {"earned": 1.0}, "discount": 0.9},
+    "evaluation": {"bootstrapSamples": 200, "fittedQSteps": 800, "gate": {"metric": "earned"}},
+    "understanding": {"modelSteps": 200},
+}
+NUMBERS: dict[str, Any] = COMMON | {
+    "actionSpace": "continuous",
+    "algorithm": {"td3Bc": {"hiddenLayers": [64, 64], "learningRate": 0.003, "alpha": 30.0}},
+    "training": {"batchSize": 128, "epochs": 2, "stepsPerEpoch": 700},
+    "actionBounds": {"price": {"low": 0.0, "high": 4.0}},
+}
+LISTS: dict[str, Any] = COMMON | {
+    "actionSpace": "parametric",
+    "algorithm": {"dqn": {"hiddenLayers": [64, 64], "learningRate": 0.003, "targetUpdateRate": 0.02}},
+    "training": {"batchSize": 128, "epochs": 2, "stepsPerEpoch": 500},
+    "export": {"policy": "greedy"},
+}
+
+
+def features_stage(root: Path, states: dict[str, np.ndarray], columns: dict[str, Any], actions: list[str]) -> None:
+    """What the features stage leaves: three decisions for each MDP, and normalization specs of standard features."""
+    earned = columns.pop("earned")
+    returns = np.zeros(N)
+    for row in reversed(range(N)):
+        returns[row] = earned[row] + (0.9 * returns[row + 1] if row % STEPS < STEPS - 1 else 0)
+    table = pa.table(
+        {
+            "mdp_id": [f"mdp-{row // STEPS:04}" for row in range(N)],
+            "ordinal": [row % STEPS + 1 for row in range(N)],
+            "metrics": pa.array([[("earned", x)] for x in earned.tolist()], pa.map_(pa.string(), pa.float64())),
+            "returns": pa.array([[("earned", x)] for x in returns.tolist()], pa.map_(pa.string(), pa.float64())),
+            "time_diff": np.ones(N, np.int64),
+            "terminal": [row % STEPS == STEPS - 1 for row in range(N)],
+            "truncated": np.zeros(N, bool),
+            **{f"state_{name}": values for name, values in states.items()},
+            **columns,
+        }
+    )
+    with stage("features", root / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts |= {"features": sorted(states), "action_features": actions}
+    with stage("normalization", root / "normalization") as (directory, _):
+        for file, names in {"spec.json": sorted(states), "action_spec.json": actions}.items():
+            found = [FeatureNormalization(name=n, type="continuous", how="by hand", evidence={}) for n in names]
+            NormalizationSpec(inputs=names, features=found).write(directory / file)
+
+
+def run(root: Path, job: dict[str, Any]) -> JobSpec:
+    """Every stage from understanding to export."""
+    spec = JobSpec.model_validate(job)
+    understand(spec, root / "features", root / "normalization", root / "understanding")
+    with stage("training", root / "training") as (directory, _):
+        (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        command = [
+            sys.executable, "-m", "components.training.worker", "--job", directory / "job.json",
+            "--features", root / "features", "--normalization", root / "normalization", "--output", directory,
+        ]  # fmt: skip
+        alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=os.environ | address | alone, check=True)
+    evaluate(spec, root / "features", root / "training", root / "evaluation")
+    export_policy(spec, root / "features", root / "training", root / "export")
+    return spec
+
+
+def session(root: Path) -> onnxruntime.InferenceSession:
+    ((version, _),) = read_policies(root / "export" / "model_repository").items()
+    return onnxruntime.InferenceSession(root / "export" / "model_repository" / MODEL / str(version) / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A price is best at 2 + demand; nothing that is done changes the demand to come."""
+    root, demand, price = tmp_path_factory.mktemp("prices"), RNG.uniform(-1, 1, N), RNG.uniform(0, 4, N)
+    columns = {
+        "action_feature_price": price,
+        "action": pa.array([[("price", p)] for p in price.tolist()], pa.map_(pa.string(), pa.float64())),
+        "possible_actions": pa.nulls(N, pa.list_(pa.map_(pa.string(), pa.float64()))),
+        "action_probability": pa.nulls(N, pa.float64()),
+        "earned": 3 - (price - 2 - demand) ** 2,
+    }
+    features_stage(root, {"demand": demand}, columns, ["price"])
+    run(root, NUMBERS)
+    return root
+
+
+def test_a_price_is_learned_and_served_in_its_own_units(prices: Path) -> None:
+    demand = np.linspace(-0.9, 0.9, 10, dtype=np.float32)[:, None]
+    (price,) = session(prices).run(["action"], {"state": demand})
+    np.testing.assert_allclose(price, 2 + demand, atol=0.3)
+    assert (prices / "export" / "model_repository" / MODEL / "config.pbtxt").read_text().count("TYPE_FP32") == 2
+
+
+def test_a_policy_over_numbers_is_judged_by_models_alone(prices: Path) -> None:
+    report = json.loads((prices / "evaluation" / "report.json").read_text())["final"]
+    found = report["sequential_direct_method"]["earned"]
+    # Of three decisions that earn 3 each, discounted; the logged prices earn 1.33 each.
+    best = 3 * (1 + 0.9 + 0.81)
+    assert found["value"] == pytest.approx(best, rel=0.06)
+    assert found["relative_low"] > 1.5
+    assert "no propensities" in report["weighted_sequential_doubly_robust"]["refused"]
+    checks = json.loads((prices / "understanding" / "understanding.json").read_text())["checks"]
+    assert checks["action_effect"]["verdict"] == "pass"
+
+
+def test_bounds_are_those_of_the_job_or_of_the_log(prices: Path) -> None:
+    spec = JobSpec.model_validate(NUMBERS)
+    data = load_transitions(prices / "features", spec)
+    assert find_actions(data, spec, prices / "normalization") == Actions(["price"], bounds=[(0.0, 4.0)])
+    free = JobSpec.model_validate(NUMBERS | {"actionBounds": {}})
+    ((low, high),) = find_actions(data, free, prices / "normalization").bounds or []
+    assert (low, high) == pytest.approx((0, 4), abs=0.02)
+    other = JobSpec.model_validate(NUMBERS | {"actionBounds": {"cost": {"low": 0.0, "high": 1.0}}})
+    with pytest.raises(StageError, match=r"actionBounds\.cost: the log's actions have price"):
+        find_actions(data, other, prices / "normalization")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two to six items one is shown; it earns as far as its topic meets the taste, and more where it is good."""
+    root, taste = tmp_path_factory.mktemp("shelf"), RNG.uniform(-1, 1, N)
+    offered = [RNG.uniform(-1, 1, (int(size), 2)).round(1) for size in RNG.integers(2, 7, N)]
+    shown = np.array([RNG.integers(len(items)) for items in offered])
+    chosen = np.stack([items[i] for items, i in zip(offered, shown, strict=True)])
+    as_map = pa.map_(pa.string(), pa.float64())
+    columns = {
+        "action_feature_topic": chosen[:, 0],
+        "action_feature_quality": chosen[:, 1],
+        "action": pa.array([[("topic", t), ("quality", q)] for t, q in chosen.tolist()], as_map),
+        "possible_actions": pa.array(
+            [[[("topic", t), ("quality", q)] for t, q in items.tolist()] for items in offered], pa.list_(as_map)
+        ),
+        "action_probability": np.array([1 / len(items) for items in offered]),
+        "earned": earned(taste, chosen),
+    }
+    features_stage(root, {"taste": taste}, columns, ["quality", "topic"])
+    run(root, LISTS)
+    return root
+
+
+def earned(taste: np.ndarray, item: np.ndarray) -> np.ndarray:
+    return 2 + item[..., 1] - np.abs(item[..., 0] - taste)
+
+
+def test_lists_are_read_as_they_were_logged_each_item_held_once(shelf: Path) -> None:
+    data = load_transitions(shelf / "features", JobSpec.model_validate(LISTS))
+    lists = data.possible
+    assert isinstance(lists, Lists)
+    assert lists.names == ["quality", "topic"]
+    assert len(np.unique(lists.described, axis=0)) == len(lists.described) <= 21 * 21
+    table = pq.read_table(shelf / "features" / "training").to_pylist()
+    for row in (0, 17, N - 1):
+        mine = lists.select(np.array([row]))
+        listed = [dict(zip(lists.names, v, strict=True)) for v in mine.described[mine.items].astype(float).round(3)]
+        assert listed == [{k: pytest.approx(v) for k, v in item} for item in table[row]["possible_actions"]]
+        assert listed[data.action[row]] == {k: pytest.approx(v) for k, v in table[row]["action"]}
+
+
+def test_the_best_of_a_list_is_shown(shelf: Path) -> None:
+    graph, rng, gained = session(shelf), np.random.default_rng(5), []
+    for _ in range(200):
+        taste, items = rng.uniform(-1, 1), rng.uniform(-1, 1, (rng.integers(2, 9), 2))
+        given = {
+            "state": np.array([[taste]], np.float32),
+            "action": items[:, ::-1].astype(np.float32),  # quality comes first
+            "uniform": np.array([[rng.random()]], np.float32),
+        }
+        found = dict(zip((o.name for o in graph.get_outputs()), graph.run(None, given), strict=True))
+        assert found["propensities"].shape == found["q_values"].shape == (len(items),)
+        assert found["propensities"].sum() == pytest.approx(1)
+        assert found["sampled_action"] == found["greedy_action"] == found["q_values"].argmax()
+        values = earned(np.array(taste), items)
+        gained.append(values[int(found["greedy_action"][0])] - values.max())
+    assert np.mean(gained) > -0.1
+
+
+def test_every_estimator_judges_a_policy_over_lists(shelf: Path) -> None:
+    spec = JobSpec.model_validate(LISTS)
+    report = json.loads((shelf / "evaluation" / "report.json").read_text())
+    _, held_out = load_transitions(shelf / "features", spec).split(spec)
+    lists = held_out.possible
+    assert isinstance(lists, Lists)
+    row = np.repeat(np.arange(len(held_out)), np.diff(lists.offsets))
+    values = earned(held_out.state[row, 0], lists.described[lists.items][:, ::-1])
+    most = np.maximum.reduceat(values, lists.offsets[:-1]).mean()
+    for estimator in ("stepwise_importance_sampling", "stepwise_direct_method", "stepwise_doubly_robust"):
+        found = report["final"][estimator]["earned"]
+        assert found["value"] == pytest.approx(most, rel=0.1), estimator
+    for estimator in ("sequential_direct_method", "weighted_sequential_doubly_robust"):
+        assert report["final"][estimator]["earned"]["value"] == pytest.approx(2.71 * most, rel=0.12), estimator
+    assert 1 < report["diagnostics"]["largest_weight"] <= 6
+
+
+def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
+    spec = JobSpec.model_validate(LISTS)
+    data = load_transitions(shelf / "features", spec)
+    lists = data.possible
+    assert isinstance(lists, Lists)
+    alone = Lists(lists.names, lists.described, np.arange(N + 1), lists.items[lists.offsets[:-1] + data.action])
+    without = data.__class__(**(vars(data) | {"possible": alone, "action": np.zeros(N, np.int64)}))
+    with pytest.raises(StageError, match=r"no possible_actions .* algorithm\.dqn\.nextAction: logged"):
+        check_fits(without, spec)
+    check_fits(without, JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}}))
+
+
+def test_the_records_say_what_was_exported(prices: Path, shelf: Path) -> None:
+    continuous, described = (read_record(root / "export") for root in (prices, shelf))
+    assert (continuous["action_space"], continuous["actions"]) == ("continuous", ["price"])
+    assert continuous["bounds"] == [[0.0, 4.0]]
+    assert (described["action_space"], described["actions"]) == ("parametric", [])
+    assert described["action_features"] == ["quality", "topic"]
