@@ -295,23 +295,37 @@ def simulate(run: Run, episodes: int | None, clients: int) -> None:
         raise ServiceError(traffic.last_error)
 
 
-@main.command("reproduce", epilog="\b\nExample:\n  bluewhale reproduce --log mixed --seeds 10 > results.md")
-@click.option("--log", "logs", multiple=True, help="Only this log; may be given again.  [default: all]")
-@click.option("--algorithm", "algorithms", multiple=True, help="Only this algorithm; may be given again.")
-@click.option("--seeds", type=click.IntRange(min=2), default=10, show_default=True, help="Seeds of each row.")
+@main.command(
+    "reproduce",
+    epilog="\b\nExample:\n  bluewhale reproduce > results.md\n  bluewhale reproduce --study offline --only mixed",
+)
+@click.option("--study", "names", multiple=True, help="offline, online, slates or bandits; may be given again.")
+@click.option("--only", multiple=True, help="Only this column or row of the tables; may be given again.")
+@click.option("--seeds", type=click.IntRange(min=2), default=10, show_default=True, help="Seeds of each cell.")
 @_as_json
-def reproduce(logs: tuple[str, ...], algorithms: tuple[str, ...], seeds: int, as_json: bool) -> None:
-    """Train every algorithm on logs of CartPole-v1 and print what the learned policies earn, as Markdown."""
+def reproduce(names: tuple[str, ...], only: tuple[str, ...], seeds: int, as_json: bool) -> None:
+    """Train every algorithm where the truth is known, over many seeds, and print what it earns, as Markdown."""
     from simulation import studies
 
-    for chosen, known, option in ((logs, studies.LOGS, "--log"), (algorithms, studies.ALGORITHMS, "--algorithm")):
-        if unknown := [name for name in chosen if name not in known]:
-            raise click.BadParameter(f"{unknown[0]}: there are {', '.join(known)}", param_hint=option)
+    if unknown := [name for name in names if name not in studies.STUDIES]:
+        raise click.BadParameter(f"{unknown[0]}: there are {', '.join(studies.STUDIES)}", param_hint="--study")
+    chosen = names or tuple(studies.STUDIES)
+    known = [name for study in chosen for name in (*studies.STUDIES[study].columns, *studies.STUDIES[study].rows)]
+    if unknown := [name for name in only if name not in known]:
+        raise click.BadParameter(f"{unknown[0]}: there are {', '.join(dict.fromkeys(known))}", param_hint="--only")
+    found = {}
     with Display(console) as display:
-        display.start("reproduce")
-        progress.listener = lambda done, total, text: display.progress("reproduce", done, total, text)
-        results = studies.reproduce(list(logs or studies.LOGS), list(algorithms or studies.ALGORITHMS), range(seeds))
-    click.echo(json.dumps([vars(result) for result in results], indent=2) if as_json else studies.table(results))
+        for name in chosen:
+            display.start(name)
+            progress.listener = functools.partial(display.progress, name)
+            found[name] = studies.reproduce(name, list(only), range(seeds))
+    if as_json:
+        click.echo(
+            json.dumps({name: [vars(result) for result in results] for name, results in found.items()}, indent=2)
+        )
+        return
+    for name, results in found.items():
+        click.echo(f"{studies.STUDIES[name].title}: mean over {seeds} seeds [95 %].\n\n{studies.table(results)}\n")
 
 
 def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
@@ -329,7 +343,7 @@ def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> d
 
 @main.command(
     "gym",
-    epilog="\b\nExamples:\n  bluewhale gym CartPole-v1\n  bluewhale gym Pendulum-v1 --algorithm sac --seed 3 --json\n"
+    epilog="\b\nExample:\n  bluewhale gym CartPole-v1\n  bluewhale gym Pendulum-v1 --algorithm sac --seed 3 --json\n"
     "  bluewhale gym Acrobot-v1 --algorithm qrDqn --set quantiles=21 --output policies/acrobot",
 )
 @click.argument("environment")

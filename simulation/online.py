@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor, nn
 
+from components.normalization.graph import CLAMP
 from components.normalization.spec import NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.actor_critic import ActorCriticNetwork, SACLearner
@@ -76,14 +77,12 @@ class Settings:
 OF_VALUES: dict[str, Any] = {
     "hiddenLayers": [256, 256],
     "dueling": False,
-    "steps": 3,
     "learningRate": 5e-4,
     "targetUpdateRate": 0.01,
 }
 KNOWN: dict[str, tuple[Settings, dict[str, Any]]] = {
-    "CartPole-v1": (Settings(60_000, updates=0.5, batch=128, look_every=2_500, enough=499), OF_VALUES),
-    "Acrobot-v1": (Settings(80_000, updates=0.5, batch=128, enough=-80), OF_VALUES),
-    "LunarLander-v3": (Settings(200_000, updates=0.5, batch=128, look_every=10_000, enough=240), OF_VALUES),
+    "CartPole-v1": (Settings(60_000, updates=0.5, batch=128, look_every=2_500, enough=499), OF_VALUES | {"steps": 3}),
+    "Acrobot-v1": (Settings(100_000, updates=0.5, batch=128, exploration=0.1, enough=-82), OF_VALUES),
     "Pendulum-v1": (
         Settings(20_000, copies=4, batch=128, discount=0.98, exploration=0.1, look_every=1_000, enough=-170),
         {"hiddenLayers": [128, 128], "learningRate": 1e-3, "targetUpdateRate": 0.01},
@@ -215,6 +214,19 @@ def actions_of(environment: VectorEnv[Any, Any, Any]) -> Actions:
     raise JobError(f"actions must be discrete, or numbers within bounds; found {space}")
 
 
+def normalization_of(environment: VectorEnv[Any, Any, Any], seen: np.ndarray) -> NormalizationSpec:
+    """By the moments of the states seen so far, but so that no state within finite bounds is clamped.
+
+    What random actions reach is not all that there is to reach.
+    """
+    space = environment.single_observation_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    bounded = np.isfinite(space.low) & np.isfinite(space.high) & (np.abs(space.high) < 1e6)
+    mean = seen.mean(0)
+    furthest = np.maximum(np.abs(space.high - mean), np.abs(space.low - mean), where=bounded, out=np.zeros(len(mean)))
+    return standardized([f"observation_{i}" for i in range(len(mean))], mean, np.maximum(seen.std(0), furthest / CLAMP))
+
+
 def check_fits(algorithm: Algorithm, actions: Actions, environment: str) -> None:
     """Raise `JobError` for an algorithm that cannot play."""
     config = algorithm.config
@@ -258,7 +270,7 @@ def learn_online(
     while done < settings.decisions:
         if learned is None and done >= settings.warm_up:
             seen = replay.state[: replay.size].flatten(0, 1).numpy()
-            spec = standardized(seen, [f"observation_{i}" for i in range(seen.shape[1])])
+            spec = normalization_of(played, seen)
             network = build_network(algorithm, spec, actions)
             learned = Learned(network, spec, actions, algorithm)
             learner = build_learner(algorithm, network)
@@ -335,6 +347,20 @@ def greedy_returns(environment: str, network: nn.Module, episodes: int, seed: in
     played.close()
     network.train(was_training)
     return [float(each) for each in returns]
+
+
+def random_return(environment: str, seed: int, episodes: int = EPISODES) -> float:
+    """Mean return of actions that are drawn at random."""
+    played = make(environment, episodes)
+    played.action_space.seed(seed)
+    played.reset(seed=seed)
+    running, returns = np.ones(episodes, bool), np.zeros(episodes)
+    while running.any():
+        _, reward, terminated, truncated, _ = played.step(played.action_space.sample())
+        returns += np.where(running, reward, 0.0)
+        running &= ~(terminated | truncated)
+    played.close()
+    return float(returns.mean())
 
 
 def result(environment: str, learned: Learned, seed: int) -> dict[str, Any]:

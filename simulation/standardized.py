@@ -9,11 +9,10 @@ import numpy as np
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 
 
-def standardized(state: np.ndarray, names: Sequence[str]) -> NormalizationSpec:
-    """Of states [N, F] that were seen."""
-    moments = zip(names, state.mean(0).tolist(), state.std(0).tolist(), strict=True)
+def standardized(names: Sequence[str], mean: np.ndarray, stddev: np.ndarray) -> NormalizationSpec:
+    """Of features with these moments, [F] each."""
     features = [
-        FeatureNormalization(name=name, type="continuous", mean=mean, stddev=stddev, how="by its moments", evidence={})
-        for name, mean, stddev in moments
+        FeatureNormalization(name=name, type="continuous", mean=m, stddev=d, how="by its moments", evidence={})
+        for name, m, d in zip(names, mean.tolist(), stddev.tolist(), strict=True)
     ]
     return NormalizationSpec(inputs=list(names), features=features)

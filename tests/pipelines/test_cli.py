@@ -19,7 +19,7 @@ from pipelines.pipeline import SECTIONS, STAGES, parameters
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 COMMANDS = (
     "run", "compile", "log", "timeline", "features", "normalize", "understand", "train", "evaluate", "export",
-    "serve", "rollout", "simulate", "reproduce",
+    "serve", "rollout", "simulate", "reproduce", "gym",
 )  # fmt: skip
 
 
@@ -68,11 +68,48 @@ def test_a_stage_without_the_one_before_says_so(run, command):
     assert "run the stage before this one" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--log", "--algorithm"])
-def test_the_results_table_tells_what_rows_and_columns_there_are(run, option):
+@pytest.mark.parametrize(
+    ("option", "known"), [("--study", "offline, online, slates, bandits"), ("--only", "3-step CQL")]
+)
+def test_the_results_tables_tell_what_there_is(run, option, known):
     done = run("reproduce", option, "none")
     assert done.exit_code == 2
-    assert ("random, mixed, mediocre" if option == "--log" else "3-step CQL") in " ".join(done.stderr.split())
+    assert known in " ".join(done.stderr.split())
+
+
+def test_an_environment_that_cannot_be_played_is_refused(run):
+    done = run("gym", "Nowhere-v0")
+    assert done.exit_code == 2
+    assert "Nowhere-v0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--algorithm", "sac"], "sac cannot act in CartPole-v1, whose actions are discrete"),
+        (["--set", "alpha=1"], "dqn.alpha: unknown field"),
+        (["--set", "learningRate=fast"], "valid number"),
+        (["--set", "learningRate"], "write NAME=VALUE"),
+        (["--set", "nextAction=logged"], "nextAction logged is of logs"),
+    ],
+)
+def test_what_cannot_be_learned_by_playing_is_refused(run, options, said):
+    done = run("gym", "CartPole-v1", *options)
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.split())
+
+
+def test_a_policy_that_was_learned_by_playing_is_shown_and_kept(run, tmp_path):
+    done = run("gym", "CartPole-v1", "--decisions", "2000", "--json", "--output", tmp_path / "learned")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert found["episodes"] == 100
+    assert found["interval"][0] <= found["mean_return"] <= found["interval"][1]
+    assert json.loads((tmp_path / "learned" / "result.json").read_text()) == found
+    assert (tmp_path / "learned" / "policy" / "weights.safetensors").is_file()
+    again = run("gym", "CartPole-v1", "--output", tmp_path / "learned")
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
 
 
 @pytest.mark.parametrize("command", ["simulate", "rollout"])

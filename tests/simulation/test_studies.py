@@ -1,32 +1,9 @@
-"""The results table: its logs are what they say, and a short row of it."""
+"""The results tables: their intervals, their cells, and what they are filled with."""
 
-import numpy as np
 import pytest
 
-from simulation.studies import FRESH, LOGGED, LOGS, ROWS, Result, cartpole, logged, table
-
-
-@pytest.mark.parametrize(("name", "low", "high"), [("random", 20, 24), ("mixed", 33, 43), ("mediocre", 45, 55)])
-def test_a_log_has_its_rows_and_its_return(name: str, low: float, high: float) -> None:
-    played = logged(name, seed=3)
-    assert len(played.action) == ROWS
-    assert low < cartpole(name, LOGGED, 3) < high
-    ends = np.append(np.diff(played.episode) != 0, True)
-    # Every episode ends by falling, by the time limit or by the log's own end.
-    assert (ends == (played.truncated | (played.metrics[:, 1] > 0))).all()
-    assert played.truncated.sum() <= len(LOGS[name]) + (played.returns >= 500).sum()
-
-
-def test_cql_learns_to_balance_from_a_mediocre_log() -> None:
-    assert cartpole("mediocre", "3-step CQL", 3) >= 400
-    assert cartpole("mediocre", LOGGED, 3) < 60
-
-
-def test_the_same_seed_plays_the_same_log() -> None:
-    first, again, other = (logged("mixed", seed).state for seed in (3, 3, 4))
-    assert (first == again).all()
-    assert (first[:1000] != other[:1000]).any()
-    assert FRESH > 1000  # no seed of a log is one of the episodes that a policy is tried on
+from simulation.bandits import regret
+from simulation.studies import STUDIES, Result, reproduce, table
 
 
 def test_an_interval_is_students_over_seeds() -> None:
@@ -35,9 +12,37 @@ def test_an_interval_is_students_over_seeds() -> None:
     assert result.interval == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
 
 
-def test_the_table_has_a_row_for_each_algorithm() -> None:
-    results = [Result(log, name, [1.0, 3.0]) for log in ("random", "mixed") for name in (LOGGED, "DQN")]
+def test_the_table_leaves_empty_what_does_not_go_together() -> None:
+    results = [Result("CartPole-v1", "DQN", [1.0, 3.0]), Result("Pendulum-v1", "SAC", [4.0, 4.0])]
     lines = table(results).splitlines()
-    assert lines[0] == "| algorithm | random | mixed |"
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [LOGGED, "DQN"]
-    assert lines[2].count("2 [-11, 15]") == 2
+    assert lines[0] == "| | CartPole-v1 | Pendulum-v1 |"
+    assert lines[2:] == ["| DQN | 2 [-11, 15] |  |", "| SAC |  | 4 [4, 4] |"]
+
+
+def test_a_study_is_filled_where_it_is_asked_to_be() -> None:
+    results = reproduce("bandits", ["by chance", "500 decisions", "LinUCB, greedy"], range(2))
+    assert [(r.column, r.row, len(r.values)) for r in results] == [
+        ("500 decisions", "by chance", 2),
+        ("500 decisions", "LinUCB, greedy", 2),
+    ]
+    assert results[1].mean < results[0].mean / 3
+
+
+def test_every_study_has_a_baseline_in_every_column() -> None:
+    for study in STUDIES.values():
+        assert all(study.fits(column, study.rows[0]) for column in study.columns)
+    online = STUDIES["online"]
+    assert not online.fits("Pendulum-v1", "double DQN")
+    assert not online.fits("CartPole-v1", "SAC")
+
+
+@pytest.mark.parametrize(
+    ("bandit", "most"), [("LinUCB, greedy", 30), ("linear Thompson sampling", 60), ("logistic, epsilon 0.05", 45)]
+)
+def test_a_bandits_regret_falls_with_what_was_logged(bandit: str, most: float) -> None:
+    chance, few, many = (
+        regret("500 decisions", "by chance", 0),
+        *(regret(s, bandit, 0) for s in ("500 decisions", "5,000")),
+    )
+    assert many < few < chance
+    assert many < most

@@ -1,0 +1,120 @@
+"""Learning by playing: what is remembered, and that it is learned from."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.normalization.graph import CLAMP, NormalizationGraph
+from components.training.bundle import read_bundle
+from contracts.job import JobError
+from simulation import online
+from simulation.online import Replay, Settings, actions_of, learn_online, make, normalization_of, settings_for
+
+
+def remembered(rows: int, filled: int) -> Replay:
+    """One copy; the state is the number of the row, the reward ten times that; every fourth row an episode ends, by
+    turns in a terminal state and by a time limit, and the row after holds no decision."""
+    replay = Replay(rows, np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+    for n in range(filled):
+        ends, after = n % 4 == 2, n % 4 == 3
+        outcome = [np.array([10.0 * n], np.float32), np.array([ends and n % 8 == 2]), np.array([ends and n % 8 == 6])]
+        replay.add(torch.tensor([[float(n)]]), np.array([n % 2]), *outcome, np.array([not after]))
+    return replay
+
+
+@pytest.mark.parametrize("filled", [19, 40])
+def test_a_transition_leads_to_the_next_row_and_no_further_than_its_episode(filled: int) -> None:
+    batch = remembered(20, filled).sample(400, 1, 0.9, np.random.default_rng(0))
+    state, following = batch.state[:, 0].numpy(), batch.next_state[:, 0].numpy()
+    assert (following == state + 1).all()
+    assert (state % 4 != 3).all()
+    assert state.max() == filled - 2
+    assert state.min() == max(0, filled - 20)
+    assert (batch.terminal.numpy() == (state % 8 == 2)).all()
+    np.testing.assert_allclose(batch.reward, 10 * state)
+    np.testing.assert_allclose(batch.discount, 0.9)
+    assert (batch.action.numpy() == state % 2).all()
+
+
+def test_over_several_decisions_rewards_are_summed_until_the_episode_ends() -> None:
+    batch = remembered(40, 40).sample(600, 3, 0.5, np.random.default_rng(0))
+    for state, reward, following, ended, discount in zip(
+        batch.state[:, 0].tolist(), batch.reward.tolist(), batch.next_state[:, 0].tolist(), batch.terminal.tolist(),
+        batch.discount.tolist(), strict=True,
+    ):  # fmt: skip
+        left = int(3 - state % 4)  # decisions to the episode's end, this one included
+        taken = min(3, left)
+        assert reward == pytest.approx(sum(0.5**k * 10 * (state + k) for k in range(taken)))
+        assert following == state + taken
+        assert discount == pytest.approx(0.5**taken)
+        assert ended == (taken == left and (state + taken - 1) % 8 == 2)
+
+
+def test_no_state_within_bounds_is_beyond_the_clamp() -> None:
+    environment = make("Acrobot-v1", 2)
+    seen = np.random.default_rng(0).normal(scale=0.1, size=(500, 6)).astype(np.float32)
+    graph = NormalizationGraph(normalization_of(environment, seen))
+    extremes = np.stack([environment.single_observation_space.low, environment.single_observation_space.high])
+    assert graph(torch.from_numpy(extremes)).abs().max() <= CLAMP
+    assert graph(torch.from_numpy(seen)).std(0).min() > 0.02
+    environment.close()
+
+
+def test_features_without_bounds_go_by_what_was_seen() -> None:
+    environment = make("CartPole-v1", 2)
+    seen = np.random.default_rng(0).normal(2.0, 0.5, size=(2000, 4)).astype(np.float32)
+    velocity = normalization_of(environment, seen).features[1]
+    assert (velocity.mean, velocity.stddev) == (pytest.approx(2.0, abs=0.05), pytest.approx(0.5, abs=0.05))
+    environment.close()
+
+
+@pytest.mark.parametrize(("environment", "bar"), [("CartPole-v1", 475), ("Pendulum-v1", -200)])
+def test_what_is_known_to_work_works(environment: str, bar: float) -> None:
+    algorithm = {"CartPole-v1": "dqn", "Pendulum-v1": "td3"}[environment]
+    settings, made = settings_for(environment, algorithm, {})
+    learned = learn_online(environment, made, settings, seed=0)
+    assert len(learned.returns) == 100
+    assert np.mean(learned.returns) >= bar
+
+
+def test_the_same_seed_plays_and_learns_the_same() -> None:
+    settings, made = settings_for("CartPole-v1", "dqn", {"hiddenLayers": [16]}, decisions=1500)
+    first, again, other = (learn_online("CartPole-v1", made, settings, seed) for seed in (1, 1, 2))
+    assert first.returns == again.returns
+    assert first.returns != other.returns
+    weights = [torch.cat([p.flatten() for p in each.network.parameters()]) for each in (first, again)]
+    assert torch.equal(*weights)
+
+
+def test_what_was_learned_is_kept_as_a_policy_bundle(tmp_path: Any) -> None:
+    settings, made = settings_for("Pendulum-v1", "ddpg", {"hiddenLayers": [8]}, decisions=1200)
+    learned = learn_online("Pendulum-v1", made, settings, seed=0)
+    online.save(learned, tmp_path / "out", online.result("Pendulum-v1", learned, 0))
+    bundle = read_bundle(tmp_path / "out" / "policy")
+    assert bundle.actions == learned.actions == actions_of(make("Pendulum-v1", 1))
+    states = torch.randn(50, 3)
+    torch.testing.assert_close(bundle.network(states), learned.network(states))
+    assert bundle.provenance["environment"] == "Pendulum-v1"
+
+
+@pytest.mark.parametrize("algorithm", ["iql", "td3Bc"])
+def test_what_learns_from_logs_alone_does_not_play(algorithm: str) -> None:
+    settings, made = settings_for("Pendulum-v1", algorithm, {})
+    with pytest.raises(JobError, match="learns from logs alone"):
+        learn_online("Pendulum-v1", made, settings, 0)
+
+
+def test_an_environment_of_pictures_is_refused() -> None:
+    with pytest.raises(JobError, match="vectors of numbers"):
+        make("FrozenLake-v1", 2)
+
+
+def test_a_look_keeps_the_best_policy() -> None:
+    settings = Settings(3000, look_every=500, enough=None, copies=4)
+    _, made = settings_for("CartPole-v1", "dqn", {"hiddenLayers": [32]})
+    learned = learn_online("CartPole-v1", made, settings, 0)
+    looks = [look["mean_return"] for look in learned.looks]
+    assert len(looks) >= 3
+    assert np.mean(learned.returns) > 0.6 * max(looks)
