@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 import time
@@ -18,22 +19,32 @@ class Measured:
     gibibytes: float
 
 
-def measure(command: list[str]) -> Measured | None:
-    """Run a command to its end; None, with its last words printed, when it fails."""
+def measure(command: list[str], limit: float = math.inf) -> Measured | None:
+    """Run a command to its end; None where it fails, with its last words printed, or takes longer than the limit."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak, words = 0, []
     reader = threading.Thread(target=lambda: words.extend(process.stderr or []))
     reader.start()
     while process.poll() is None:
+        if time.perf_counter() - started > limit:
+            end(process.pid)
         peak = max(peak, resident(process.pid))
         time.sleep(INTERVAL)
     seconds = time.perf_counter() - started
     reader.join()
+    if seconds > limit:
+        return None
     if process.returncode:
         print(f"failed with {process.returncode}: {' '.join(command)}\n{''.join(words[-5:])}")
         return None
     return Measured(seconds, peak / 2**30)
+
+
+def end(pid: int) -> None:
+    """Kill a process and its children."""
+    for each in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        each.kill()
 
 
 def resident(pid: int) -> int:

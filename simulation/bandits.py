@@ -72,7 +72,9 @@ def learned(
     # One pass is all that a linear bandit needs.
     passes = max(1, STEPS * BATCH // len(arm)) if trainer.optimizer else 1
     for _ in range(passes):
-        for rows in torch.from_numpy(rng.permutation(len(arm))).split(BATCH):
+        order = torch.from_numpy(rng.permutation(len(arm)))
+        for start in range(0, len(arm), BATCH):
+            rows = order[start : start + BATCH]
             one = [each[rows] for each in (state, action, gained, ended, nothing)]
             trainer.step(Batch(one[0], one[1], None, one[2], one[0], one[1], None, one[3], one[4]))
     learner.settle()
