@@ -507,6 +507,19 @@ class Volume(Model):
     sub_path: str = Field("", description="Directory of the volume to mount; its root when empty.")
 
 
+class Bounds(Model):
+    """Between which a number lies."""
+
+    low: float = Field(description="The least.")
+    high: float = Field(description="The most.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Bounds:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
 class Workers(Model):
     """Data-parallel training workers: training goes on with `min`, and uses up to `max`."""
 
@@ -529,6 +542,10 @@ class Training(Model):
         None, ge=1, description="Optimizer steps per epoch; one pass over the data when left out."
     )
     batch_size: int = Field(512, ge=1, description="Transitions per optimizer step, over all workers together.")
+    reward_clip: Bounds | None = Field(
+        None, description="Learn from rewards held between these; evaluation judges by what was logged."
+    )
+    reward_scale: Positive = Field(1.0, description="Learn from rewards times this, after clipping; likewise.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of hidden layers in training; bfloat16 is faster for wide layers and large batches."
     )
@@ -712,19 +729,6 @@ class Schedule(Model):
     )
     successful_runs_history_limit: int = Field(3, ge=0, le=100, description="Succeeded children kept.")
     failed_runs_history_limit: int = Field(3, ge=0, le=100, description="Failed children kept.")
-
-
-class Bounds(Model):
-    """Between which a number of a continuous action lies, in the product's units."""
-
-    low: float = Field(description="The least that is ever chosen.")
-    high: float = Field(description="The most that is ever chosen.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Bounds:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
-        return self
 
 
 class JobSpec(Model):

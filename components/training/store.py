@@ -12,7 +12,6 @@ from components.training.algorithms.actor_critic import ActorCriticNetwork
 from components.training.algorithms.learner import Batch, Listed
 from components.training.network import Normalized, NormalizedPairs
 from components.transitions import Lists, Transitions
-from contracts.job import Reward
 
 CHUNK = 65_536
 
@@ -76,15 +75,19 @@ class Store:
 
 
 def build_store(
-    data: Transitions, policy: Normalized, reward: Reward, steps: int = 1, everything: bool = False
+    data: Transitions,
+    policy: Normalized,
+    rewards: np.ndarray,
+    discounts: np.ndarray,
+    steps: int = 1,
+    everything: bool = False,
 ) -> Store:
-    """Transitions over `steps` decisions each, of the reward that the job weighs, normalized as for the policy.
+    """Transitions over `steps` decisions each, of rewards and discounts [N], normalized as for the policy.
 
     Over fewer where an MDP ends before, or where what followed is not in the log. With `everything`, rows of which
     nothing more is known are usable too.
     """
-    rewards = data.reward(reward.metric_weights)
-    over = over_steps(rewards, data.discount(reward), data.next_row, data.terminal, data.truncated, steps)
+    over = over_steps(rewards, discounts, data.next_row, data.terminal, data.truncated, steps)
     with torch.no_grad():
         state = normalized(policy.normalization, data.state)
         possible: Tensor | Offers | None = None

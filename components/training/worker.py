@@ -38,7 +38,15 @@ RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
 
 
-def check_fits(data: Transitions, spec: JobSpec) -> None:
+def rewards_to_learn_from(data: Transitions, spec: JobSpec) -> np.ndarray:
+    """float32 [N]: the weighted metrics, clipped and scaled as the job says."""
+    rewards = data.reward(spec.reward.metric_weights)
+    if clip := spec.training.reward_clip:
+        rewards = rewards.clip(clip.low, clip.high)
+    return (rewards * spec.training.reward_scale).astype(np.float32)
+
+
+def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
     """Raise `StageError` for a log that the job's algorithm cannot learn from."""
     if only := _only_action(data):
         raise StageError(
@@ -51,11 +59,11 @@ def check_fits(data: Transitions, spec: JobSpec) -> None:
             "timeline's report"
         )
     if isinstance(algorithm, LogisticBandit):
-        reward = data.reward(spec.reward.metric_weights)
-        if reward.min() < 0 or reward.max() > 1:
+        low, high = rewards.min(), rewards.max()
+        if low < 0 or high > 1:
             raise StageError(
-                f"algorithm.logisticBandit: rewards lie between {reward.min():g} and {reward.max():g}, and must be in "
-                "[0, 1]: set reward.metricWeights so that they are, or choose linearThompson"
+                f"algorithm.logisticBandit: rewards lie between {low:g} and {high:g}, and must be in [0, 1]: set "
+                "training.rewardClip and rewardScale so that they are, or choose linearThompson"
             )
     lists = data.possible
     if isinstance(lists, Lists) and (np.diff(lists.offsets) == 1).all():
@@ -157,16 +165,18 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
     data, _ = load_transitions(features, spec).split(spec)
     algorithm = spec.algorithm
-    check_fits(data, spec)
+    rewards = rewards_to_learn_from(data, spec)
+    check_fits(data, spec, rewards)
     actions = find_actions(data, spec, normalization_dir)
     # Fixed atoms bound the values themselves.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51)
-    most = math.inf if bounded else _most(data, spec)
-    monte_carlo = torch.from_numpy(data.returns @ data.weight_vector(spec.reward.metric_weights))
+    most = math.inf if bounded else _most(data, spec, rewards)
+    returns = data.returns @ data.weight_vector(spec.reward.metric_weights) * np.float32(spec.training.reward_scale)
+    monte_carlo = torch.from_numpy(returns)
     network = build_network(algorithm, normalization, actions)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, QLearning | ActorCritic)
-    store = build_store(data, network, spec.reward, looks_ahead, everything)
+    store = build_store(data, network, rewards, data.discount(spec.reward), looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
         raise StageError(
@@ -235,10 +245,10 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         figures.close()
 
 
-def _most(data: Transitions, spec: JobSpec) -> float:
+def _most(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> float:
     """The largest size that a sum of the log's discounted rewards could have, for an MDP without an end."""
     ahead = data.discount(spec.reward)[~(data.terminal | data.truncated)].max(initial=0.0)
-    largest = float(np.abs(data.reward(spec.reward.metric_weights)).max())
+    largest = float(np.abs(rewards).max())
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 

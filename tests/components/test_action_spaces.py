@@ -234,8 +234,9 @@ def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
     alone = Lists(lists.names, lists.described, np.arange(N + 1), lists.items[lists.offsets[:-1] + data.action])
     without = data.__class__(**(vars(data) | {"possible": alone, "action": np.zeros(N, np.int64)}))
     with pytest.raises(StageError, match=r"no possible_actions .* algorithm\.dqn\.nextAction: logged"):
-        check_fits(without, spec)
-    check_fits(without, JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}}))
+        check_fits(without, spec, np.zeros(N))
+    by_logged = JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}})
+    check_fits(without, by_logged, np.zeros(N))
 
 
 def test_the_records_say_what_was_exported(prices: Path, shelf: Path) -> None:

@@ -7,7 +7,6 @@ import torch
 from components.training.network import Normalized
 from components.training.store import Store, build_store, over_steps
 from components.transitions import Transitions
-from contracts.job import Reward
 
 # Two MDPs: one of four decisions that ends, one of three that breaks off.
 REWARD = np.array([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0], np.float32)
@@ -69,9 +68,10 @@ def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
         returns=np.ones((n, 1), np.float32), time_diff=np.ones(n), terminal=np.zeros(n, bool),
         truncated=np.array([False, True, True]), ordinal=np.ones(n, int), mdp=np.arange(n), mdp_ids=["", "", ""],
     )  # fmt: skip
-    usable = [build_store(data, NOTHING_DONE, Reward(), everything=every).usable for every in (False, True)]
+    ones = np.ones(n, np.float32)
+    usable = [build_store(data, NOTHING_DONE, ones, ones, everything=every).usable for every in (False, True)]
     assert [rows.tolist() for rows in usable] == [[0], [0, 1, 2]]
-    assert build_store(data, NOTHING_DONE, Reward()).possible is None
+    assert build_store(data, NOTHING_DONE, ones, ones).possible is None
 
 
 def test_a_discount_of_its_own_for_each_decision() -> None:

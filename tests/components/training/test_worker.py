@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.batches import permuted_batches
-from components.training.worker import CHECKPOINTS, check_converges, check_fits
+from components.training.worker import CHECKPOINTS, check_converges, check_fits, rewards_to_learn_from
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
 from contracts.stage import StageError, stage
@@ -206,7 +206,34 @@ def transitions(actions: list[int], truncated: bool = False) -> Transitions:
 )
 def test_a_log_that_cannot_be_learned_from_is_refused(data: Transitions, said: str) -> None:
     with pytest.raises(StageError, match=said):
-        check_fits(data, SPEC)
+        check_fits(data, SPEC, np.zeros(len(data), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("training", "wanted"),
+    [
+        ({}, [-2.0, 0.5, 3.0]),
+        ({"rewardClip": {"low": -1.0, "high": 1.0}}, [-1.0, 0.5, 1.0]),
+        ({"rewardScale": 10.0}, [-20.0, 5.0, 30.0]),
+        ({"rewardClip": {"low": 0.0, "high": 1.0}, "rewardScale": 2.0}, [0.0, 1.0, 2.0]),
+    ],
+)
+def test_rewards_are_clipped_then_scaled_to_be_learned_from(training: dict[str, Any], wanted: list[float]) -> None:
+    data = transitions([0, 1, 1])
+    data = data.__class__(**(vars(data) | {"metrics": np.array([[-2.0], [0.5], [3.0]], np.float32)}))
+    spec = JobSpec.model_validate({"actions": ["left", "right"], "training": training})
+    assert rewards_to_learn_from(data, spec).tolist() == wanted
+
+
+@pytest.mark.parametrize("low", [-0.5, 0.0])
+def test_a_logistic_bandit_wants_rewards_that_are_probabilities(low: float) -> None:
+    spec = JobSpec.model_validate({"actions": ["left", "right"], "algorithm": {"logisticBandit": {}}})
+    rewards = np.array([low, 1.0], np.float32)
+    if low >= 0:
+        check_fits(transitions([0, 1], truncated=True), spec, rewards)  # what follows does not count
+    else:
+        with pytest.raises(StageError, match=r"between -0\.5 and 1, and must be in \[0, 1\]: set training\.rewardClip"):
+            check_fits(transitions([0, 1]), spec, rewards)
 
 
 @pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])
