@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
-from components.training.batches import permuted_batches
+from components.training.batches import Shuffled
 from components.training.store import Store
 from components.training.trainer import Trainer
 from contracts.job import DQN, Algorithm
@@ -63,11 +63,11 @@ def ours(data: Store, features: int, batch: int, precision: str) -> Step:
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
     trainer = Trainer(learner, algorithm.learning_rate)
-    steps = itertools.cycle(torch.from_numpy(permuted_batches(data.usable, batch, 50_000 * 256 // batch, 0, 0, 1)))
+    shuffled, steps = Shuffled(data.usable, batch, 0), itertools.count()
     losses: list[Tensor] = []
 
     def step() -> None:
-        losses.append(trainer.step(data.batch(next(steps)))[0])
+        losses.append(trainer.step(data.batch(torch.from_numpy(shuffled.at(next(steps)))))[0])
         if len(losses) == LOOK_EVERY:
             torch.stack(losses).mean().item()
             losses.clear()

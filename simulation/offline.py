@@ -11,7 +11,7 @@ from torch import nn
 
 from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
-from components.training.batches import permuted_batches
+from components.training.batches import Shuffled
 from components.training.network import Normalized
 from components.training.store import Store, over_steps
 from components.training.trainer import Trainer
@@ -93,8 +93,9 @@ def store_of(played: Episodes, normalization: nn.Module, steps: int) -> Store:
 def learn(algorithm: Algorithm, network: Normalized, store: Store, seed: int) -> None:
     """Take `STEPS` optimizer steps."""
     trainer = Trainer(build_learner(algorithm, network), algorithm.learning_rate)
-    for rows in torch.from_numpy(permuted_batches(store.usable, BATCH, STEPS, seed, 0, 1)):
-        trainer.step(store.batch(rows))
+    shuffled = Shuffled(store.usable, BATCH, seed)
+    for step in range(STEPS):
+        trainer.step(store.batch(torch.from_numpy(shuffled.at(step))))
     network.eval()
 
 

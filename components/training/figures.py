@@ -17,11 +17,12 @@ LOSSES = "losses.jsonl"
 
 
 class Figures:
-    """Writes `losses.jsonl` and `tensorboard` below a directory, of a batch that stays the same: the probe.
+    """Writes `losses.jsonl` and `tensorboard` below a directory.
 
-    Per look: the mean loss since the one before, the mean distance of the logged actions' scores to their Monte-Carlo
-    returns, those scores' mean and deviation, the largest score, the size of the gradient; with each epoch how often
-    the policy takes each action, or what it sets each number of an action to on average.
+    Per look: the mean loss since the one before, of the last batch the mean reward and score of the logged actions; and
+    of a batch that stays the same, the probe: the mean distance of the logged actions' scores to their Monte-Carlo
+    returns, those scores' deviation, the largest score; the size of the gradient. With each epoch, how often the policy
+    takes each action, or what it sets each number of an action to on average.
     """
 
     def __init__(self, directory: Path, learner: Learner, probe: Batch, returns: Tensor, actions: Actions) -> None:
@@ -29,17 +30,15 @@ class Figures:
         self.board = SummaryWriter(directory / "tensorboard")
         self.losses = (directory / LOSSES).open("a", buffering=1)
 
-    def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, loss: float, score: float) -> None:
+    def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, seen: dict[str, float]) -> None:
         self.learner.settle()
         self.learner.eval()
         with torch.no_grad():
             logged, best, action = self.learner.examine(self.probe)
         self.learner.train()
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
-        figures = {
-            "td_loss": loss,
+        figures = seen | {
             "mc_loss": (logged - self.returns).abs().mean().item(),
-            "q_mean": score,
             "q_stddev": logged.std().item(),
             "q_maximum": best.max().item(),
             "gradient_norm": torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0,
@@ -52,7 +51,7 @@ class Figures:
             counts = torch.bincount(action, minlength=len(self.actions.names)) if discrete else action.sum(0)
             for name, share in zip(self.actions.names, (counts / len(action)).tolist(), strict=True):
                 self.board.add_scalar(f"greedy_action/{name}", share, step)
-        report(step, steps, f"epoch {epoch} td_loss {loss:.3f} mc_loss {figures['mc_loss']:.2f}")
+        report(step, steps, f"epoch {epoch} td_loss {seen['td_loss']:.3f} mc_loss {figures['mc_loss']:.2f}")
 
     def close(self) -> None:
         self.board.close()

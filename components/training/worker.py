@@ -20,7 +20,7 @@ from components.normalization.spec import SPECS, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.actor_critic import TD3Learner
 from components.training.algorithms.build import build_learner, build_network
-from components.training.batches import permuted_batches
+from components.training.batches import Shuffled
 from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.figures import Figures, forget_after
@@ -200,11 +200,9 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         trainer.call = distributed
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
-    batches = torch.from_numpy(
-        permuted_batches(usable, spec.training.batch_size, steps, spec.seed, rank, workers).astype(np.int64)
-    )
+    shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
     if trainer.optimizer:
-        distributed.register_comm_hook(batches.shape[1] / spec.training.batch_size, whole_batch_gradients)
+        distributed.register_comm_hook(len(shuffled.at(0)) / spec.training.batch_size, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(usable[np.linspace(0, len(usable) - 1, min(4096, len(usable))).astype(int)])
     provenance = {
@@ -222,15 +220,17 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     figures = Figures(output, learner, store.batch(probe), monte_carlo[probe], actions) if rank == 0 else None
     recent: list[torch.Tensor] = []
     for step in range(finished * per_epoch + 1, steps + 1):
-        loss, q_mean = trainer.step(store.batch(batches[step - 1]))
+        batch = store.batch(torch.from_numpy(shuffled.at(step - 1)))
+        loss, q_mean = trainer.step(batch)
         recent.append(loss)
         if step % LOG_EVERY and step % per_epoch:
             continue
         epoch, ends_epoch = (step - 1) // per_epoch + 1, step % per_epoch == 0
         if figures:
-            mean_loss, score = torch.stack(recent).mean().item(), q_mean.item()
-            check_converges(score, mean_loss, most, step)
-            figures.write(step, steps, epoch, ends_epoch, mean_loss, score)
+            means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": q_mean}
+            seen = {name: mean.item() for name, mean in means.items()}
+            check_converges(seen["q_mean"], seen["td_loss"], most, step)
+            figures.write(step, steps, epoch, ends_epoch, seen)
         recent.clear()
         if ends_epoch and rank == 0:
             learner.settle()

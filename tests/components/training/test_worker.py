@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.batches import permuted_batches
+from components.training.batches import Shuffled
 from components.training.worker import CHECKPOINTS, check_converges, check_fits, rewards_to_learn_from
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
@@ -26,6 +26,11 @@ from contracts.stage import StageError, stage
 
 ROOT = Path(__file__).parents[3]
 ROWS = np.arange(100, 160)
+
+
+def permuted_batches(rows: np.ndarray, batch: int, steps: int, seed: int, rank: int, workers: int) -> np.ndarray:
+    shuffled = Shuffled(rows, batch, seed, rank, workers)
+    return np.stack([shuffled.at(step) for step in range(steps)])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -65,6 +70,18 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_more_steps_do_not_change_the_first() -> None:
     np.testing.assert_array_equal(permuted_batches(ROWS, 12, 20, 5, 0, 1)[:7], permuted_batches(ROWS, 12, 7, 5, 0, 1))
+
+
+def test_any_step_can_be_the_first() -> None:
+    going_on = Shuffled(ROWS, 16, 5)
+    for step in (9, 3, 14):
+        np.testing.assert_array_equal(going_on.at(step), permuted_batches(ROWS, 16, 15, 5, 0, 1)[step])
+
+
+def test_a_batch_may_be_larger_than_a_pass() -> None:
+    seen = Shuffled(ROWS[:10], 25, 5).at(0)
+    assert np.bincount(seen - 100, minlength=10).tolist().count(2) == 5
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == ROWS[:10].tolist()
 
 
 @pytest.mark.parametrize(("batch", "workers"), [(12, 5), (8, 3), (7, 7)])
