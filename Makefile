@@ -37,7 +37,7 @@ bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization an
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),3)
 
-reproduce: install ## Train every algorithm on logs of CartPole-v1, over SEEDS seeds, and print what the policies earn
+reproduce: install ## Train every algorithm where the truth is known, over SEEDS seeds, and print what the policies earn
 	$(BIN)/bluewhale reproduce --seeds $(or $(SEEDS),10)
 
 lint: $(VENV)/.installed ## Check style, types and the direction of imports
