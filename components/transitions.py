@@ -25,12 +25,17 @@ class Lists:
     described: np.ndarray  # float32 [K, G], NaN = missing
     offsets: np.ndarray  # int64 [N + 1]: decision i lists the items from offsets[i] to offsets[i + 1]
     items: np.ndarray  # int64, which of the K actions
+    logged: np.ndarray  # bool [N]: false where the log has no list, and what was taken stands alone
 
     def select(self, rows: np.ndarray) -> Lists:
         starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Lists(self.names, self.described, offsets, self.items[places])
+        return Lists(self.names, self.described, offsets, self.items[places], self.logged[rows])
+
+    def taken(self, action: np.ndarray) -> np.ndarray:
+        """int64 [N]: which of the K actions, of those that stand at these places in the lists."""
+        return np.asarray(self.items[self.offsets[:-1] + action])
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def _described_actions(table: pa.Table, _: JobSpec, record: dict[str, Any]) -> R
     if len(rows) < len(table):
         raise StageError("possible_actions: a decision's own action is not among them as it was logged")
     action = same[at] - offsets[:-1]
-    return [], action.astype(np.int64), Lists(names, everything[first], offsets, items.astype(np.int64))
+    return [], action.astype(np.int64), Lists(names, everything[first], offsets, items.astype(np.int64), ~unlisted)
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:

@@ -585,6 +585,10 @@ class SweepParameter(Model):
             raise ValueError(f"low {self.low} must be below high {self.high}")
         if self.log and (self.low is None or self.low <= 0):
             raise ValueError("log needs a low above 0")
+        try:
+            self.values()
+        except yaml.YAMLError as error:
+            raise ValueError(f"choices: not valid YAML: {' '.join(str(error).split())}") from None
         return self
 
     def values(self) -> list[Any]:
@@ -785,11 +789,6 @@ class JobSpec(Model):
             raise ValueError("data.features.actionKey stands for a discrete action's name: actionSpace has none")
         if self.action_space != "continuous" and self.action_bounds:
             raise ValueError(f"actionBounds are those of continuous actions: actionSpace is {self.action_space}")
-        if self.algorithm.name not in (fit := ALGORITHMS[self.action_space]):
-            raise ValueError(
-                f"algorithm.{self.algorithm.name} cannot learn from {self.action_space} actions: "
-                f"set one of {', '.join(fit)}, or another actionSpace"
-            )
         if self.action_space != "discrete" and self.deploy.service:
             raise ValueError(f"deploy.service: a policy over {self.action_space} actions is exported, not rolled out")
         if len(set(self.actions)) != len(self.actions):
@@ -806,10 +805,12 @@ class JobSpec(Model):
     def _check_setting(self, path: str, value: Any) -> None:
         if not path.startswith(("algorithm.", "training.")):
             raise ValueError(f"sweep.parameters.{path}: only settings of algorithm and training are searched")
+        if path == "training.epochs" or path.startswith("training.workers"):
+            raise ValueError(f"sweep.parameters.{path}: not searched; sweep.epochs are those of a trial")
         try:
             self.with_settings({path: value})
-        except KeyError as missing:
-            raise ValueError(f"sweep.parameters.{path}: this job has no setting {missing}") from None
+        except (KeyError, TypeError):
+            raise ValueError(f"sweep.parameters.{path}: this job has no such setting") from None
         except ValidationError as error:
             raise ValueError(f"sweep.parameters.{path}: {value!r} is refused: {explain(error.errors()[0])}") from None
 
@@ -824,6 +825,8 @@ class JobSpec(Model):
             level: Any = document
             for part in outer:
                 level = level[part]
+            if not isinstance(level, dict):
+                raise KeyError(last)
             known = level.get(last)
             if last not in level and path not in OPTIONAL_SETTINGS:
                 raise KeyError(last)
@@ -860,6 +863,18 @@ class RLTrainingJob(Model):
     def _whole(self) -> RLTrainingJob:
         if not (self.spec.simulation or self.spec.data.decision_log):
             raise ValueError("spec.data.decisionLog is missing: name the log's path, or a spec.simulation to make one")
+        space, algorithm = self.spec.action_space, self.spec.algorithm.name
+        if algorithm not in (fit := ALGORITHMS[space]):
+            raise ValueError(
+                f"spec.algorithm.{algorithm} cannot learn from {space} actions: set one of {', '.join(fit)}, "
+                "or another actionSpace"
+            )
+        gate = self.spec.evaluation.gate
+        if space == "continuous" and (gate.enabled or self.spec.sweep) and "direct_method" not in gate.estimator:
+            raise ValueError(
+                "spec.evaluation.gate.estimator: a policy over continuous actions has no propensities: set "
+                "sequential_direct_method or stepwise_direct_method, or gate.enabled false"
+            )
         if self.spec.schedule and len(self.metadata.name) > SCHEDULED_NAME_LENGTH:
             raise ValueError(SCHEDULED_NAME_TOO_LONG)
         return self

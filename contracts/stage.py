@@ -73,6 +73,16 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     tell(compact(record | facts, output))
 
 
+@contextmanager
+def untold() -> Iterator[None]:
+    """Let stages within end without a word to the runner or a controller: they are parts of another one."""
+    told = {name: os.environ.pop(name, None) for name in (ERROR_FILE_VARIABLE, TERMINATION_LOG_VARIABLE)}
+    try:
+        yield
+    finally:
+        os.environ.update({name: value for name, value in told.items() if value is not None})
+
+
 def message(record: dict[str, Any]) -> str:
     """A finished stage's facts in one line for people; empty for a stage that has none."""
     with suppress(KeyError):

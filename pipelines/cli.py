@@ -263,6 +263,11 @@ def serve(run: Run) -> None:
 
     read_record(run.path("export"))
     exported = run.path("export") / "model_repository"
+    if run.job.spec.action_space != "discrete":
+        raise StageError(
+            f"serve: canary and decision log are for named actions, these are {run.job.spec.action_space}; "
+            f"start Triton itself on {exported}"
+        )
     stable, candidate = (export_stable(run), exported) if run.job.spec.simulation else (exported, None)
     salt = f"{run.job.metadata.name}-{run.job.spec.seed}"
     with (
@@ -337,7 +342,10 @@ def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> d
         name, equals, value = text.partition("=")
         if not equals:
             raise click.BadParameter(f"{text}: write NAME=VALUE, such as learningRate=0.001")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.BadParameter(f"{text}: {' '.join(str(error).split())}") from None
     return found
 
 
@@ -358,7 +366,9 @@ def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> d
 @click.option(
     "--decisions", type=click.IntRange(min=1), help="To play and learn from; known environments have their own."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same policy.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same policy."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="New directory for the policy bundle.")
 @_as_json
 def gym(

@@ -101,7 +101,10 @@ def run_job(run: Run, display: Display) -> int:
             run.result["verdict"] = run.result["rollout"]["verdict"]
             return 0 if run.result["verdict"] == "promoted" else 4
         run.result["verdict"] = "exported"
-        display.say("No spec.simulation plays live traffic here: serve the exported policy with `bluewhale serve`.")
+        how = "serve the exported policy with `bluewhale serve`"
+        if spec.action_space != "discrete":
+            how = f"{run.path('export') / 'model_repository'} is a model repository for Triton"
+        display.say(f"No spec.simulation plays live traffic here: {how}.")
         return 0
     finally:
         collect(run)

@@ -13,7 +13,7 @@ from components.training.trainer import Trainer
 from contracts.job import Algorithm, PolicyHead
 from simulation.standardized import standardized
 
-FEATURES, ARMS, TRIED, BATCH, STEPS = 5, 8, 20_000, 250, 2000
+FEATURES, ARMS, TRIED, BATCH, STEPS = 5, 8, 5_000, 250, 2000
 SIZES = {"500 decisions": 500, "5,000": 5_000, "50,000": 50_000}
 """Of the log."""
 BY_CHANCE = "by chance"

@@ -25,7 +25,7 @@ from components.training.algorithms.actor_critic import ActorCriticNetwork, SACL
 from components.training.algorithms.build import build_learner, build_network
 from components.training.algorithms.learner import Batch, Learner
 from components.training.bundle import write_bundle
-from components.training.network import Normalized
+from components.training.network import NoisyLinear, Normalized
 from components.training.trainer import Trainer
 from contracts.job import (
     DDPG,
@@ -182,7 +182,9 @@ def settings_for(
     try:
         made = Algorithm.model_validate({algorithm: {k: v for k, v in known.items() if k in fields} | given})
     except ValidationError as error:
-        raise JobError("\n".join(explain(each) for each in error.errors())) from None
+        raise JobError(
+            "\n".join(explain({**e, "loc": ("spec", "algorithm", *e["loc"])}) for e in error.errors())
+        ) from None
     return replace(settings, decisions=decisions or settings.decisions), made
 
 
@@ -251,8 +253,15 @@ def learn_online(
     played = make(environment, settings.copies)
     actions = actions_of(played)
     check_fits(algorithm, actions, environment)
-    low, high = np.array(actions.bounds or [(0.0, 0.0)], np.float32).T
+    warm_up = min(settings.warm_up, settings.decisions // 2)
+    rows = warm_up // settings.copies
     steps = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
+    if rows <= 2 * steps:
+        raise JobError(
+            f"decisions {settings.decisions:,}: too few to look {steps} ahead in {settings.copies} copies; "
+            "play more, or lower steps"
+        )
+    low, high = np.array(actions.bounds or [(0.0, 0.0)], np.float32).T
 
     def random_actions() -> np.ndarray:
         if actions.bounds is None:
@@ -268,7 +277,7 @@ def learn_online(
     done, owed, last_look, best = 0, 0.0, 0, -np.inf
     weights: dict[str, Tensor] = {}
     while done < settings.decisions:
-        if learned is None and done >= settings.warm_up:
+        if learned is None and done >= warm_up:
             seen = replay.state[: replay.size].flatten(0, 1).numpy()
             spec = normalization_of(played, seen)
             network = build_network(algorithm, spec, actions)
@@ -324,7 +333,7 @@ def explore(
             unit = learner.network.actor.unit(state)
             return np.asarray((unit + settings.exploration * torch.randn_like(unit)).clamp(-1, 1).numpy())
         best = learner.network(state).argmax(1).numpy()
-    noisy = any(getattr(module, "noisy", False) for module in learner.network.modules())
+    noisy = any(isinstance(module, NoisyLinear) for module in learner.network.modules())
     falls = (done - settings.warm_up) / max(settings.explored * settings.decisions, 1)
     share = 0.0 if noisy else max(1 - falls, 0.0) * (1 - settings.exploration) + settings.exploration
     return np.where(rng.random(len(best)) < share, at_random, best)

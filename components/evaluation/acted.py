@@ -46,7 +46,7 @@ def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
 def logged_features(bundle: Bundle, data: Transitions) -> Tensor:
     """Normalized features of the logged actions, float32 [N, G], where actions are described or continuous."""
     if isinstance(data.possible, Lists):
-        taken = data.possible.items[data.possible.offsets[:-1] + data.action]
+        taken = data.possible.taken(data.action)
         return _described(bundle, data.possible.described)[torch.from_numpy(taken)]
     return _actor(bundle).as_unit(torch.from_numpy(data.action))
 
@@ -75,8 +75,12 @@ def plan(bundle: Bundle, data: Transitions) -> Plan:
 
 
 def taken_probability(chosen: Plan, data: Transitions) -> np.ndarray:
-    """Of the logged actions among described ones, float64 [N]."""
-    return np.asarray(chosen.probability[torch.from_numpy(chosen.offsets[:-1] + data.action)].double().numpy())
+    """Of the logged actions among described ones, float64 [N]; of items described alike all together."""
+    lists = data.possible
+    assert isinstance(lists, Lists)
+    row = np.repeat(np.arange(len(data)), np.diff(lists.offsets))
+    same = lists.items == lists.taken(data.action)[row]
+    return np.bincount(row[same], chosen.probability.double().numpy()[same], minlength=len(data))
 
 
 def _described(bundle: Bundle, described: np.ndarray) -> Tensor:

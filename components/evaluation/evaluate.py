@@ -12,7 +12,7 @@ from components.evaluation import estimators as cpe
 from components.evaluation.acted import logged_features, plan, propensities, taken_probability
 from components.evaluation.fitted_q import FittedPairs, FittedQ
 from components.training.bundle import Bundle, read_bundle
-from components.transitions import Transitions, load_transitions
+from components.transitions import Lists, Transitions, load_transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
@@ -136,6 +136,8 @@ class _Evaluator:
         return target, action, q, modelled
 
     def estimate(self, bundle: Bundle) -> dict[str, Any]:
+        if self.unlisted:
+            return {estimator: {"refused": self.unlisted} for estimator in ESTIMATORS}
         policy = propensities(bundle, self.train) if self.discrete else plan(bundle, self.train)
         self.q.fit(policy, self.spec.evaluation.fitted_q_steps)
         target, action, q, expected = self._modelled(bundle)
@@ -145,8 +147,11 @@ class _Evaluator:
             metric, modelled = self.metrics[:, m], expected[:, :, m]
             samples = {
                 "stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.counts),
-                "sequential_direct_method": cpe.sequential_direct_method(q[:, :, m], target, self.mdp, self.counts),
             }
+            if not self.broken_off:
+                samples["sequential_direct_method"] = cpe.sequential_direct_method(
+                    q[:, :, m], target, self.mdp, self.counts
+                )
             if weight is not None:
                 samples |= {
                     "stepwise_importance_sampling": cpe.stepwise_importance_sampling(
@@ -164,11 +169,12 @@ class _Evaluator:
                 estimates[estimator][name] = self._interval(values, logged)
         for estimator in ESTIMATORS:
             if not estimates[estimator]:
-                estimates[estimator] = {"refused": self.refused}
+                sequential = estimator == "sequential_direct_method"
+                estimates[estimator] = {"refused": self.broken_off if sequential else self.refused}
         return estimates
 
     def diagnostics(self, bundle: Bundle) -> dict[str, Any]:
-        weight = self._weight(bundle)
+        weight = None if self.unlisted else self._weight(bundle)
         if weight is None:
             return {}
         with np.errstate(divide="ignore"):
@@ -179,6 +185,21 @@ class _Evaluator:
             "effective_sample_size_mdps": round(cpe.effective_sample_size(whole), 1),
             "largest_weight": round(float(weight.max()), 2),
         }
+
+    @property
+    def unlisted(self) -> str:
+        """Why nothing can be said of a policy over described actions, where that is so."""
+        lists = self.held_out.possible
+        if not isinstance(lists, Lists) or lists.logged.all():
+            return ""
+        return f"{(~lists.logged).sum():,} held-out decisions have no possible_actions to choose among"
+
+    @property
+    def broken_off(self) -> str:
+        """Why a model of all that follows cannot be set against what was logged, where that is so."""
+        if not self.held_out.truncated.any() or not self.q.looks_ahead:
+            return ""
+        return "MDPs break off in the log (data.lastStep): a model goes on beyond, the logged sum does not"
 
     @property
     def refused(self) -> str:

@@ -20,6 +20,7 @@ from contracts.job import PolicyHead
 from contracts.stage import StageError
 
 TOLERANCE = 1e-5
+LISTED, LISTS = 8, 200
 Inputs = dict[str, np.ndarray]
 
 
@@ -92,7 +93,7 @@ class ServedChoice(ServedPolicy):
         return tuple(each.squeeze(0) for each in found)  # type: ignore[return-value]
 
     def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
-        action = generator.normal(size=(len(states), len(policy["action_features"]))).astype(np.float32)
+        action = generator.normal(size=(LISTED, len(policy["action_features"]))).astype(np.float32)
         return {"state": states[:1], "action": action, "uniform": generator.random((1, 1), np.float32)}
 
 
@@ -135,24 +136,26 @@ def check_onnx(made: Served, policy: dict[str, Any], path: Path, states: np.ndar
     one state of a thousand, as they may where two are equally good.
     """
     inputs, outputs, batched = signature(policy)
-    given = made.example(np.random.default_rng(seed), states, policy)
+    rng = np.random.default_rng(seed)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(list(outputs), given)
+    # What takes one decision at a time is asked for some of them, the last ones, the extremes, among them.
+    parts = [states] if batched else [states[i : i + 1] for i in range(max(0, len(states) - LISTS), len(states))]
+    asked = [made.example(rng, part, policy) for part in parts]
+    found = _together([session.run(list(outputs), given) for given in asked], batched)
     with torch.no_grad():
-        wanted = [t.numpy() for t in made(*(torch.from_numpy(given[name]) for name in inputs))]
-    if not batched:
-        found, wanted = ([np.atleast_2d(each) for each in side] for side in (found, wanted))
+        answers = [made(*(torch.from_numpy(given[name]) for name in inputs)) for given in asked]
+    wanted = _together([[each.numpy() for each in answer] for answer in answers], batched)
     worst = 0.0
     for name, a, b in zip(outputs, found, wanted, strict=True):
         if name.endswith("_action"):
             differing = np.flatnonzero((a != b).any(1))
-            if len(differing) > 1e-3 * len(states):
+            if len(differing) > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {len(differing)} states")
             continue
         if name == "propensities":
             # Those of a policy that takes the best action jump where two are equally good.
             same = a.argmax(1) == b.argmax(1)
-            if (~same).sum() > 1e-3 * len(states):
+            if (~same).sum() > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {(~same).sum()} states")
             a, b = a[same], b[same]
         difference = float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())
@@ -160,3 +163,8 @@ def check_onnx(made: Served, policy: dict[str, Any], path: Path, states: np.ndar
             raise StageError(f"export: {name} of the ONNX graph differs from torch by {difference:.2g} > {TOLERANCE}")
         worst = max(worst, difference)
     return worst
+
+
+def _together(answers: list[list[np.ndarray]], batched: bool) -> list[np.ndarray]:
+    """Each output with a row for each state."""
+    return [np.concatenate(each) if batched else np.stack(each) for each in zip(*answers, strict=True)]

@@ -99,7 +99,9 @@ def _link(source: str, target: str) -> None:
 
 def describe_actions(transitions: DataFrame) -> DataFrame:
     """The transitions with a column for each of the numbers that describe their actions."""
-    names = sorted(row[0] for row in transitions.select(F.explode(F.map_keys("action"))).distinct().collect())
+    listed = F.flatten(F.transform(F.coalesce("possible_actions", F.array()), F.map_keys))
+    every = F.array_union(F.map_keys("action"), listed)
+    names = sorted(row[0] for row in transitions.select(F.explode(every)).distinct().collect())
     return transitions.withColumns({ACTION_PREFIX + name: F.col("action")[name] for name in names})
 
 

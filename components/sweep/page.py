@@ -18,7 +18,9 @@ _TEMPLATE = template("""
 <th>{{ gate.metric }}</th><th>Seconds</th></tr>
 {% for t in order %}
 <tr><td>{{ t.number + 1 }}{% if t.number == 0 %} <small>the job's own</small>{% endif %}</td>
-{% for p in parameters %}<td>{{ "%.4g" % t.settings[p] if t.settings[p] is float else t.settings[p] }}</td>{% endfor %}
+{% for p in parameters %}
+<td>{{ "%.4g" % t.settings[p] if t.settings[p] is float else t.settings.get(p, "") }}</td>
+{% endfor %}
 <td{% if loop.first and not t.failed %} class="judged"{% endif %}>{% if t.failed %}failed: {{ t.failed }}{% else %}
 {{ "%.4g" % t.value }} [{{ "%.4g" % t.low }}, {{ "%.4g" % t.high }}]
 {% if t.relative is not none %}<small>× {{ "%.3g" % t.relative }}</small>{% endif %}{% endif %}</td>
@@ -56,7 +58,10 @@ def _figure(spec: JobSpec, judged: list[dict[str, Any]]) -> str:
     for axis, (name, parameter) in zip(panels, parameters.items(), strict=True):
         values = parameter.values()
         for each in judged:
-            x = values.index(each["settings"][name]) if parameter.choices else each["settings"][name]
+            setting = each["settings"].get(name)
+            if setting is None or (parameter.choices and setting not in values):
+                continue  # the job's own, which is no choice
+            x = values.index(setting) if parameter.choices else setting
             colour = "#d9730d" if each is best else "#0b6e99"
             axis.plot([x, x], [each["low"], each["high"]], color=colour, linewidth=1, alpha=0.6)
             axis.plot(x, each["value"], "o", color=colour, markersize=4)

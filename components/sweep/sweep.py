@@ -15,14 +15,15 @@ import numpy as np
 import optuna
 import pyarrow as pa
 import pyarrow.dataset as ds
+from pydantic import ValidationError
 
 from components.evaluation.evaluate import evaluate
 from components.sweep.page import write_page
 from components.training.launch import train
 from components.transitions import held_out
 from contracts import progress
-from contracts.job import JobSpec, SweepParameter
-from contracts.stage import RECORD, StageError, code_version, read_record, stage
+from contracts.job import JobSpec, SweepParameter, explain
+from contracts.stage import RECORD, StageError, code_version, read_record, stage, untold
 
 TRIAL, REPORT, PAGE = "trial.json", "sweep.json", "sweep.html"
 BATCH_ROWS = 1 << 16
@@ -40,7 +41,11 @@ def sweep_and_train(
     output = Path(output)
     work = output.with_name(f"{output.name}.sweep")
     read_record(features), read_record(normalization)
-    chosen, tried = search(spec, Path(features), Path(normalization), work)
+    try:
+        chosen, tried = search(spec, Path(features), Path(normalization), work)
+    except Exception as error:
+        with stage("training", output):
+            raise error
     train(chosen, features, normalization, output, warm_start, known={"sweep": _outcome(tried)})
     (output / REPORT).write_text(json.dumps({"parameters": _ranges(spec), "trials": tried}, indent=2))
     write_page(spec, tried, output / PAGE)
@@ -50,8 +55,8 @@ def sweep_and_train(
 def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tuple[JobSpec, list[dict[str, Any]]]:
     """The job with the best settings, and what was tried: {number, settings, value, low, high, seconds, failed}.
 
-    The Tree-structured Parzen Estimator (Bergstra et al. 2011) of Optuna proposes; the first trial is the job's own
-    settings. Best is the highest lower bound of the gate's estimate.
+    The first trial is the job's own settings; then Optuna's Tree-structured Parzen Estimator (Bergstra et al. 2011)
+    proposes. Best is the highest lower bound of the gate's estimate.
     """
     assert spec.sweep
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -59,22 +64,24 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
     if not (work / "identity").is_file() or (work / "identity").read_text() != mine:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        training_mdps(spec, features, work / "features")
+        with untold():
+            training_mdps(spec, features, work / "features")
         (work / "identity").write_text(mine)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
-    own = {path: _of(spec, path) for path in spec.sweep.parameters}
-    within = {path: p for path, p in spec.sweep.parameters.items() if _within(p, own[path])}
-    study.enqueue_trial({path: _named(p, own[path]) for path, p in within.items()})
+    parameters = spec.sweep.parameters
+    own = {path: value for path in parameters if (value := _of(spec, path)) is not None}
     tried: list[dict[str, Any]] = []
     for number in range(spec.sweep.trials):
-        trial = study.ask()
-        settings = {path: _suggest(trial, path, p, own[path]) for path, p in spec.sweep.parameters.items()}
+        trial = None if number == 0 else study.ask()
+        settings = own
+        if trial:
+            settings = {path: _suggest(trial, path, p, own.get(path)) for path, p in parameters.items()}
         progress.report(number, spec.sweep.trials, f"trial {number + 1}: {_in_words(settings)}")
         found = try_settings(spec, settings, number, normalization, work)
         tried.append(found)
-        if found["failed"]:
+        if trial and found["failed"]:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
+        elif trial:
             study.tell(trial, found["low"])
     judged = [each for each in tried if not each["failed"]]
     if not judged:
@@ -102,8 +109,9 @@ def try_settings(
         made = spec.with_settings(settings | ({"training.epochs": spec.sweep.epochs} if spec.sweep.epochs else {}))
         # Another seed: the MDPs that a trial is judged on are others in each split, and none of the gate's.
         made = made.model_copy(update={"seed": (spec.seed + 1) % 2**31})
-        with progress.silent():
-            train(made, work / "features", normalization, directory / "training")
+        # Of a trial's stages, people and controllers hear nothing: it is a part of the training stage.
+        with progress.silent(), untold():
+            train(made, work / "features", normalization, directory / "training", part=f"-t{number}")
             evaluate(made, work / "features", directory / "training", directory / "evaluation", last_only=True)
         report = json.loads((directory / "evaluation" / "report.json").read_text())["final"][gate.estimator]
         if "refused" in report:
@@ -111,6 +119,9 @@ def try_settings(
         found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
     except StageError as error:
         found["failed"] = str(error).splitlines()[0]
+    except ValidationError as error:
+        # Settings that are allowed each by itself may not go together.
+        found["failed"] = explain(error.errors()[0])
     found["seconds"] = round(time.time() - started, 2)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -149,23 +160,13 @@ def _of(spec: JobSpec, path: str) -> Any:
     return level
 
 
-def _within(parameter: SweepParameter, value: Any) -> bool:
-    if parameter.choices:
-        return value in parameter.values()
-    return isinstance(value, (int, float)) and parameter.values()[0] <= value <= parameter.values()[1]
-
-
-def _named(parameter: SweepParameter, value: Any) -> Any:
-    return parameter.choices[parameter.values().index(value)] if parameter.choices else value
-
-
 def _suggest(trial: optuna.Trial, path: str, parameter: SweepParameter, own: Any) -> Any:
     if parameter.choices:
         return parameter.values()[parameter.choices.index(trial.suggest_categorical(path, parameter.choices))]
     low, high = parameter.values()
-    if isinstance(own, float):
-        return trial.suggest_float(path, low, high, log=parameter.log)
-    return trial.suggest_int(path, math.ceil(low), math.floor(high), log=parameter.log)
+    if isinstance(own, int) or path == "training.stepsPerEpoch":
+        return trial.suggest_int(path, math.ceil(low), math.floor(high), log=parameter.log)
+    return trial.suggest_float(path, low, high, log=parameter.log)
 
 
 def _in_words(settings: dict[str, Any]) -> str:

@@ -26,8 +26,13 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
         ("missing_sequence_number", F.col("sequence_number").isNull()),
         ("missing_event_time", F.col("event_time").isNull()),
         *(_named_action(spec.actions) if spec.action_space == "discrete" else _described_action()),
-        # Null is a log without propensities; NaN compares greater than any number in Spark.
-        ("probability_out_of_range", ~F.col("action_probability").between(F.lit(SMALLEST_PROBABILITY), F.lit(1.0))),
+        # Null is a log without propensities; NaN compares greater than any number in Spark. Of numbers it is a density.
+        (
+            "probability_out_of_range",
+            ~F.col("action_probability").between(
+                F.lit(SMALLEST_PROBABILITY), F.lit(1e300 if spec.action_space == "continuous" else 1.0)
+            ),
+        ),
         ("non_finite_feature", not_finite("state_features")),
         ("non_finite_metric", not_finite("metrics")),
     ]

@@ -32,10 +32,11 @@ class Figures:
 
     def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, seen: dict[str, float]) -> None:
         self.learner.settle()
-        self.learner.eval()
+        # What follows the network stays as it is: it has no noise.
+        self.learner.network.eval()
         with torch.no_grad():
             logged, best, action = self.learner.examine(self.probe)
-        self.learner.train()
+        self.learner.network.train()
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         figures = seen | {
             "mc_loss": (logged - self.returns).abs().mean().item(),

@@ -36,12 +36,14 @@ def train(
     output: str | Path,
     warm_start: str = "",
     known: dict[str, Any] | None = None,
+    part: str = "",
 ) -> None:
     """Train on gloo workers under torchrun; raises `StageError` with the workers' own words.
 
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
-    bundle, they begin with its weights. What is `known` besides is put into the stage's record.
+    bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
+    trains more than once names each `part` in a few letters.
     """
     read_record(features), read_record(normalization)
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
@@ -63,7 +65,7 @@ def train(
             os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             cfg: dict[str, Any] = {"log_dir": str(directory / "logs")}
         else:
-            cfg = cluster_config(spec, scheduler)
+            cfg = cluster_config(spec, scheduler, part)
             app.roles[0].env |= ELASTIC
             app.roles[0].image = os.environ["BLUEWHALE_TRAINING_IMAGE"]
             app.roles[0].resource = pod_resource(spec)
@@ -84,7 +86,7 @@ def train(
         }
 
 
-def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
+def cluster_config(spec: JobSpec, scheduler: str, part: str = "") -> dict[str, Any]:
     """The scheduler's configuration, from the stage pod's environment and the job: its pods see the same volumes."""
     job, namespace, uid = (os.environ[name] for name in ("BLUEWHALE_JOB", "BLUEWHALE_NAMESPACE", "POD_UID"))
     queue_labels = json.loads(os.environ.get("BLUEWHALE_QUEUE_LABELS", "{}"))
@@ -94,7 +96,7 @@ def cluster_config(spec: JobSpec, scheduler: str) -> dict[str, Any]:
     return {
         "namespace": namespace,
         # With the replica's index after it, the name must be a label of 63 characters.
-        "job_name": f"bw-{job[:37].rstrip('-')}-train-{uid[:8]}",
+        "job_name": f"bw-{job[: 37 - len(part)].rstrip('-')}-train-{uid[:8]}{part}",
         # Workers that nobody follows any more go with this pod.
         "owner": {"apiVersion": "v1", "kind": "Pod", "name": os.environ["POD_NAME"], "uid": uid},
         "labels": {

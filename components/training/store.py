@@ -85,7 +85,7 @@ def build_store(
     """Transitions over `steps` decisions each, of rewards and discounts [N], normalized as for the policy.
 
     Over fewer where an MDP ends before, or where what followed is not in the log. With `everything`, rows of which
-    nothing more is known are usable too.
+    nothing more is known are usable too; never those whose action is outside of the policy's bounds.
     """
     over = over_steps(rewards, discounts, data.next_row, data.terminal, data.truncated, steps)
     with torch.no_grad():
@@ -98,9 +98,11 @@ def build_store(
         elif data.possible is not None and not data.possible.all():
             possible = torch.from_numpy(data.possible)
         action, total, next_row, terminal, discount = map(torch.from_numpy, (data.action, *over))
+        within = np.ones(len(data), bool)
         if isinstance(policy.network, ActorCriticNetwork):
             action = policy.network.actor.as_unit(action)
-    usable = np.flatnonzero(~data.truncated | everything)
+            within = (action.abs() <= 1 + 1e-6).all(1).numpy()
+    usable = np.flatnonzero((~data.truncated | everything) & within)
     return Store(state, action, possible, total, next_row, terminal, discount, usable)
 
 

@@ -14,7 +14,7 @@ from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
 from components.training.actions import Actions
 from components.training.bundle import OPTIMIZER, Bundle, read_bundle
-from components.training.network import Normalized
+from components.training.network import Normalized, QNetwork
 from contracts.stage import StageError
 
 
@@ -38,7 +38,7 @@ def start_from(
         moments = _read_moments(Path(directory) / OPTIMIZER)
         with torch.no_grad():
             for name, ours in network.named_parameters():
-                ours.copy_(_moved(theirs[name], ours, taken, name))
+                ours.copy_(_moved(theirs[name], ours, taken, name in _by_input(network)))
     except StageError as error:
         print(f"no warm start, training begins anew: {error}", file=sys.stderr, flush=True)
         return None
@@ -80,18 +80,27 @@ def _described(actions: Actions) -> list[tuple[str, str]]:
     return NormalizationGraph(actions.described).output_columns if actions.described else []
 
 
-FIRST = ("body.0.weight", "body.0.weight_noise")
-"""Names' ends of the weights by input."""
+def _by_input(network: nn.Module) -> set[str]:
+    """Names of the weights that there is one of for each input."""
+    first = set()
+    for prefix, module in network.named_modules():
+        if isinstance(module, QNetwork):
+            layer = "body.0" if len(module.body) else "advantage"
+            first |= {
+                f"{prefix}.{layer}.{name}" for name, p in module.get_submodule(layer).named_parameters() if p.dim() == 2
+            }
+    return first
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     """Of the weights by name, inputs left aside."""
-    return {name: p.shape[:1] if name.endswith(FIRST) else p.shape for name, p in network.named_parameters()}
+    first = _by_input(network)
+    return {name: p.shape[:1] if name in first else p.shape for name, p in network.named_parameters()}
 
 
-def _moved(theirs: Tensor, ours: Tensor, places: list[int], name: str) -> Tensor:
+def _moved(theirs: Tensor, ours: Tensor, places: list[int], by_input: bool) -> Tensor:
     """Weights of the bundle's network, or what the optimizer knows of them, where this network has them."""
-    if not name.endswith(FIRST):
+    if not by_input:
         return theirs
     # After the state's inputs come those of the action, if any.
     of_action = theirs.shape[1] - len(places)
@@ -112,9 +121,10 @@ def _take_moments(
     known: dict[str, Tensor], network: Normalized, optimizer: torch.optim.Optimizer, places: list[int]
 ) -> None:
     moments: dict[int, dict[str, Tensor]] = {}
+    first = _by_input(network)
     for i, (name, parameter) in enumerate(network.named_parameters()):
         moments[i] = {
-            moment: value if value.dim() == 0 else _moved(value, parameter, places, name)
+            moment: value if value.dim() == 0 else _moved(value, parameter, places, name in first)
             for moment in ("step", "exp_avg", "exp_avg_sq")
             if (value := known.get(f"{name}.{moment}")) is not None
         }

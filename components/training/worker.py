@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,23 @@ from components.training.store import build_store
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
 from components.transitions import Lists, Transitions, load_transitions
-from contracts.job import C51, CQL, ActorCritic, BehaviourCloning, JobSpec, LogisticBandit, QLearning
+from contracts.job import (
+    C51,
+    CQL,
+    SAC,
+    ActorCritic,
+    BehaviourCloning,
+    JobSpec,
+    LinearThompson,
+    LogisticBandit,
+    QLearning,
+)
 from contracts.stage import StageError, code_version, digest_files
 from contracts.transitions import ACTION_PREFIX
 
 LOG_EVERY = 50
 CHECKPOINTS = "checkpoints"
+PROBE, PROBE_PAIRS = 4096, 50_000
 RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
 
@@ -66,7 +78,12 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
                 "training.rewardClip and rewardScale so that they are, or choose linearThompson"
             )
     lists = data.possible
-    if isinstance(lists, Lists) and (np.diff(lists.offsets) == 1).all():
+    if isinstance(algorithm, LinearThompson) and isinstance(lists, np.ndarray) and not lists.all():
+        raise StageError(
+            "algorithm.linearThompson: the log has decisions at which not all actions were possible, and how likely "
+            "one is the best is asked among all: choose linUcb"
+        )
+    if isinstance(lists, Lists) and not lists.logged.any():
         learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
         if not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL):
             raise StageError(
@@ -78,7 +95,7 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
 def _only_action(data: Transitions) -> str:
     """The action that all of a log takes, if there is such a one."""
     if isinstance(data.possible, Lists):
-        taken = np.unique(data.possible.items[data.possible.offsets[:-1] + data.action])
+        taken = np.unique(data.possible.taken(data.action))
         return f"one action of {len(data.possible.described):,}" if len(taken) == 1 else ""
     if data.action.ndim == 2:
         same = (data.action == data.action[0]).all()
@@ -101,11 +118,15 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
         low, high = (given.low, given.high) if given else (float(v(data.action[:, i])) for v in (np.min, np.max))
         if low == high:
             raise StageError(f"action: {name} is {low:g} in all decisions: set actionBounds.{name}, or leave it out")
+        if outside := int(((data.action[:, i] < low) | (data.action[:, i] > high)).sum()):
+            print(
+                f"actionBounds.{name}: {outside:,} logged values lie outside, and are not learned from", file=sys.stderr
+            )
         bounds.append((low, high))
     return Actions(data.actions, bounds)
 
 
-def check_converges(score: float, loss: float, most: float, step: int) -> None:
+def check_converges(score: float, loss: float, most: float, step: int, advice: str) -> None:
     """Raise `StageError` when values have left all that the log's rewards could sum to, which `most` is.
 
     A network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything.
@@ -115,8 +136,7 @@ def check_converges(score: float, loss: float, most: float, step: int) -> None:
     raise StageError(
         f"training diverges: at step {step:,} the mean value of the logged actions is {score:.3g} and the loss "
         f"{loss:.3g}, while the log's rewards can sum to {most:.3g} at most. Values feed on themselves where the log "
-        "has few of the actions that they make look best: lower learningRate or targetUpdateRate, keep double, or "
-        "choose cql or bcq"
+        f"has few of the actions that they make look best: lower learningRate or targetUpdateRate, {advice}"
     )
 
 
@@ -168,11 +188,12 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     rewards = rewards_to_learn_from(data, spec)
     check_fits(data, spec, rewards)
     actions = find_actions(data, spec, normalization_dir)
-    # Fixed atoms bound the values themselves.
-    bounded = isinstance(algorithm.config, BehaviourCloning | C51)
+    # Fixed atoms bound the values themselves; soft values hold entropy, too.
+    bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     most = math.inf if bounded else _most(data, spec, rewards)
     returns = data.returns @ data.weight_vector(spec.reward.metric_weights) * np.float32(spec.training.reward_scale)
-    monte_carlo = torch.from_numpy(returns)
+    sequential = isinstance(algorithm.config, QLearning | ActorCritic | BehaviourCloning)
+    monte_carlo = torch.from_numpy(returns if sequential else rewards)
     network = build_network(algorithm, normalization, actions)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, QLearning | ActorCritic)
@@ -191,6 +212,8 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     if warm_start and trainer.optimizer:
         started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions)
         learner.catch_up()
+    elif warm_start:
+        print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
     finished = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, finished)
     # An actor that moves every few steps has no gradient in the others.
@@ -204,7 +227,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     if trainer.optimizer:
         distributed.register_comm_hook(len(shuffled.at(0)) / spec.training.batch_size, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)
-    probe = torch.from_numpy(usable[np.linspace(0, len(usable) - 1, min(4096, len(usable))).astype(int)])
+    probe = torch.from_numpy(probe_rows(usable, data))
     provenance = {
         "seed": spec.seed,
         "code_version": code_version(),
@@ -217,6 +240,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         "discount_interval": spec.reward.discount_interval,
         "warm_start": started_from,
     }
+    advice = "or choose iql or td3Bc" if actions.bounds else "keep double, or choose cql or bcq"
     figures = Figures(output, learner, store.batch(probe), monte_carlo[probe], actions) if rank == 0 else None
     recent: list[torch.Tensor] = []
     for step in range(finished * per_epoch + 1, steps + 1):
@@ -229,7 +253,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         if figures:
             means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": q_mean}
             seen = {name: mean.item() for name, mean in means.items()}
-            check_converges(seen["q_mean"], seen["td_loss"], most, step)
+            check_converges(seen["q_mean"], seen["td_loss"], most, step, advice)
             figures.write(step, steps, epoch, ends_epoch, seen)
         recent.clear()
         if ends_epoch and rank == 0:
@@ -243,6 +267,13 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
             save_checkpoint(trainer, epoch, output / CHECKPOINTS)
     if figures:
         figures.close()
+
+
+def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
+    """Rows from all over the log to look at, fewer where they have long lists to score."""
+    pairs = np.diff(data.possible.offsets).mean() if isinstance(data.possible, Lists) else 1.0
+    size = min(PROBE, max(1, int(PROBE_PAIRS / pairs)), len(usable))
+    return usable[np.linspace(0, len(usable) - 1, size).astype(int)]
 
 
 def _most(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> float:

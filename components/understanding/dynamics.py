@@ -81,7 +81,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
 def _action(data: Transitions) -> tuple[Tensor, bool]:
     """The logged actions as numbers, float32 [N, A], and whether those only tell names apart."""
     if isinstance(data.possible, Lists):
-        numbers = data.possible.described[data.possible.items[data.possible.offsets[:-1] + data.action]]
+        numbers = data.possible.described[data.possible.taken(data.action)]
     elif data.action.ndim == 2:
         numbers = data.action
     else:

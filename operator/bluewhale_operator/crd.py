@@ -99,7 +99,8 @@ RULES: dict[type[BaseModel], list[Rule]] = {
     ],
     Sweep: [
         Rule(
-            "self.parameters.all(p, p.startsWith('algorithm.') || p.startsWith('training.'))",
+            "self.parameters.all(p, (p.startsWith('algorithm.') || p.startsWith('training.')) && "
+            "p != 'training.epochs' && !p.startsWith('training.workers'))",
             "only settings of algorithm and training are searched",
             "parameters",
         )
@@ -136,6 +137,12 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             ),
             "the algorithm cannot learn from actions of this actionSpace",
             "algorithm",
+        ),
+        Rule(
+            "self.actionSpace != 'continuous' || self.evaluation.gate.estimator.endsWith('direct_method') || "
+            "!(self.evaluation.gate.enabled || has(self.sweep))",
+            "a policy over continuous actions has no propensities: the gate wants a direct method",
+            "evaluation",
         ),
         Rule(
             "self.actionSpace == 'discrete' || !has(self.deploy.service)",

@@ -13,14 +13,16 @@ import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from components.evaluation.acted import Plan, taken_probability
 from components.evaluation.evaluate import evaluate
 from components.export.policy import export_policy
 from components.export.repository import MODEL, read_policies
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.worker import check_fits, find_actions
-from components.transitions import Lists, load_transitions
+from components.transitions import Lists, Transitions, load_transitions
 from components.understanding.understand import understand
 from contracts.job import JobSpec
 from contracts.stage import StageError, read_record, stage
@@ -32,7 +34,11 @@ RNG = np.random.default_rng(0)
 COMMON: dict[str, Any] = {
     "seed": 1,
     "reward": {"metricWeights": {"earned": 1.0}, "discount": 0.9},
-    "evaluation": {"bootstrapSamples": 200, "fittedQSteps": 800, "gate": {"metric": "earned"}},
+    "evaluation": {
+        "bootstrapSamples": 200,
+        "fittedQSteps": 800,
+        "gate": {"metric": "earned", "estimator": "sequential_direct_method"},
+    },
     "understanding": {"modelSteps": 200},
 }
 NUMBERS: dict[str, Any] = COMMON | {
@@ -231,12 +237,40 @@ def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
     data = load_transitions(shelf / "features", spec)
     lists = data.possible
     assert isinstance(lists, Lists)
-    alone = Lists(lists.names, lists.described, np.arange(N + 1), lists.items[lists.offsets[:-1] + data.action])
+    alone = Lists(lists.names, lists.described, np.arange(N + 1), lists.taken(data.action), np.zeros(N, bool))
     without = data.__class__(**(vars(data) | {"possible": alone, "action": np.zeros(N, np.int64)}))
     with pytest.raises(StageError, match=r"no possible_actions .* algorithm\.dqn\.nextAction: logged"):
         check_fits(without, spec, np.zeros(N))
     by_logged = JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}})
     check_fits(without, by_logged, np.zeros(N))
+
+
+def test_a_policy_over_lists_is_not_judged_where_decisions_have_none(shelf: Path, tmp_path: Path) -> None:
+    table = pq.read_table(shelf / "features" / "training")
+    lists = [None if i % 2 else each for i, each in enumerate(table["possible_actions"].to_pylist())]
+    without = pa.array(lists, table.schema.field("possible_actions").type)
+    with stage("features", tmp_path / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        at = table.schema.get_field_index("possible_actions")
+        pq.write_table(table.set_column(at, "possible_actions", without), directory / "training" / "part.parquet")
+        facts |= {"features": ["taste"], "action_features": ["quality", "topic"]}
+    spec = JobSpec.model_validate(LISTS)
+    evaluate(spec, tmp_path / "features", shelf / "training", tmp_path / "evaluation", last_only=True)
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert {tuple(found) for found in report["final"].values()} == {("refused",)}
+    assert "no possible_actions to choose among" in report["gate"]["reason"]
+
+
+def test_items_that_are_described_alike_share_their_probability() -> None:
+    lists = Lists(["x"], np.array([[0.0], [1.0]], np.float32), np.array([0, 3]), np.array([1, 1, 0]), np.ones(1, bool))
+    chosen = Plan(torch.zeros(3, 1), lists.offsets, torch.tensor([0.5, 0.3, 0.2]))
+    nothing = np.zeros((1, 0), np.float32)
+    data = Transitions(
+        [], [], [], state=nothing, action=np.array([1]), propensity=np.ones(1), possible=lists, metrics=nothing,
+        returns=nothing, time_diff=np.ones(1), terminal=np.ones(1, bool), truncated=np.zeros(1, bool),
+        ordinal=np.ones(1, np.int64), mdp=np.zeros(1, np.int64), mdp_ids=["a"],
+    )  # fmt: skip
+    assert taken_probability(chosen, data).tolist() == pytest.approx([0.8])
 
 
 def test_the_records_say_what_was_exported(prices: Path, shelf: Path) -> None:

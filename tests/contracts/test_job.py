@@ -1,11 +1,14 @@
 """The job file: what is accepted, and what is said of a file that is not."""
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
 
@@ -198,3 +201,79 @@ def test_a_stage_is_not_made_stale_by_sections_that_it_does_not_read(document: d
     other = RLTrainingJob.model_validate(change(document, "spec.deploy.canary.minimumMdps", 99)).spec
     assert spec.only("reward", "data") == other.only("reward", "data")
     assert spec.only("deploy") != other.only("deploy")
+
+
+@pytest.mark.parametrize(
+    ("space", "algorithm", "others"),
+    [
+        ("continuous", "dqn", "ddpg, td3, td3Bc, sac, iql"),
+        ("parametric", "bcq", "dqn, c51, qrDqn, cql"),
+        ("discrete", "sac", "dqn"),
+    ],
+)
+def test_an_algorithm_that_cannot_learn_from_the_actions_is_refused(
+    tmp_path: Path, space: str, algorithm: str, others: str
+) -> None:
+    actions = ["a", "b"] if space == "discrete" else []
+    spec = {"actionSpace": space, "actions": actions, "algorithm": {algorithm: {}}, "data": {"decisionLog": "log"}}
+    path = tmp_path / "job.yaml"
+    document = {"apiVersion": "bluewhale.io/v1alpha1", "kind": "RLTrainingJob", "metadata": {"name": "x"}, "spec": spec}
+    path.write_text(json.dumps(document))
+    with pytest.raises(JobError, match=f"{algorithm} cannot learn from {space} actions: set one of {others}"):
+        load_job(path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"algorithm.dqn.alpha": {"low": 0.0, "high": 1.0}}, "this job has no such setting"),
+        ({"algorithm.cql.alpha": {"low": 0.0, "high": 1.0}}, "this job has no such setting"),
+        ({"algorithm.dqn.hiddenLayers.0": {"low": 1.0, "high": 8.0}}, "this job has no such setting"),
+        ({"algorithm.dqn.learningRate.x": {"low": 0.1, "high": 1.0}}, "this job has no such setting"),
+        ({"algorithm.dqn.dueling": {"choices": ["[64"]}}, "choices: not valid YAML"),
+        ({"training.epochs": {"low": 1.0, "high": 8.0}}, "sweep.epochs are those of a trial"),
+        ({"algorithm.dqn.learningRate": {"low": -1.0, "high": 1.0}}, "-1.0 is refused: algorithm.dqn.learningRate"),
+        ({"reward.discount": {"low": 0.5, "high": 0.9}}, "only settings of algorithm and training"),
+        ({"algorithm.dqn.steps": {"low": 1.0}}, "set low and high, or choices"),
+        ({"algorithm.dqn.dueling": {"choices": ["true", "7"]}}, "7 is refused"),
+    ],
+)
+def test_a_sweep_over_what_cannot_be_set_is_refused(parameters: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        JobSpec.model_validate({"actions": ["a", "b"], "sweep": {"parameters": parameters}})
+
+
+def test_settings_of_a_sweep_become_those_of_the_job() -> None:
+    parameters = {
+        "algorithm.dqn.steps": {"low": 1.0, "high": 5.0},
+        "algorithm.dqn.hiddenLayers": {"choices": ["[8, 8]"]},
+    }
+    spec = JobSpec.model_validate({"actions": ["a", "b"], "sweep": {"parameters": parameters}})
+    made = spec.with_settings(
+        {"algorithm.dqn.steps": 3.0, "algorithm.dqn.hiddenLayers": [8, 8], "training.stepsPerEpoch": 9}
+    )
+    assert made.algorithm.dqn is not None
+    assert (made.algorithm.dqn.steps, made.algorithm.dqn.hidden_layers) == (3, [8, 8])
+    assert made.training.steps_per_epoch == 9
+    assert made.sweep is None
+    assert made.data == spec.data
+
+
+@pytest.mark.parametrize(
+    ("gate", "fits"), [({}, False), ({"enabled": False}, True), ({"estimator": "stepwise_direct_method"}, True)]
+)
+def test_a_gate_on_a_policy_over_numbers_needs_an_estimator_without_propensities(
+    gate: dict[str, Any], fits: bool
+) -> None:
+    spec = {
+        "actionSpace": "continuous",
+        "algorithm": {"iql": {}},
+        "data": {"decisionLog": "log"},
+        "evaluation": {"gate": gate},
+    }
+    job = {"apiVersion": "bluewhale.io/v1alpha1", "kind": "RLTrainingJob", "metadata": {"name": "x"}, "spec": spec}
+    if fits:
+        RLTrainingJob.model_validate(job)
+    else:
+        with pytest.raises(ValidationError, match="has no propensities: set sequential_direct_method"):
+            RLTrainingJob.model_validate(job)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from kfp import dsl
 from pydantic.alias_generators import to_camel
 
-from contracts.job import load_job
+from contracts.job import JobSpec, load_job
 from pipelines import reaper
 from pipelines.cli import main
 from pipelines.pipeline import SECTIONS, STAGES, parameters
@@ -91,6 +91,8 @@ def test_an_environment_that_cannot_be_played_is_refused(run):
         (["--set", "learningRate=fast"], "valid number"),
         (["--set", "learningRate"], "write NAME=VALUE"),
         (["--set", "nextAction=logged"], "nextAction logged is of logs"),
+        (["--set", "steps=200"], "too few to look 200 ahead"),
+        (["--decisions", "20"], "too few to look 3 ahead"),
     ],
 )
 def test_what_cannot_be_learned_by_playing_is_refused(run, options, said):
@@ -136,6 +138,15 @@ def test_a_stage_is_given_only_what_it_reads(run):
         sections = set(json.loads(given[f"{stage}_job"])) - {"actionSpace", "actions", "seed"}
         assert sections == {to_camel(section.partition(".")[0]) for section in SECTIONS[stage]}
     assert json.loads(given["understanding_job"])["evaluation"] == {"gate": {"metric": "balanced"}}
+
+
+@pytest.mark.parametrize("space", ["parametric", "continuous"])
+def test_what_a_stage_is_given_is_a_job_of_its_own(space):
+    algorithm = {"parametric": {"cql": {}}, "continuous": {"iql": {}}}[space]
+    job = {"actionSpace": space, "algorithm": algorithm, "data": {"decisionLog": "log.parquet"}}
+    given = parameters(JobSpec.model_validate(job), "log.parquet", "v")
+    for stage in STAGES:
+        assert JobSpec.model_validate_json(given[f"{stage}_job"]).action_space == space
 
 
 def test_kfp_reads_each_component_s_documentation():

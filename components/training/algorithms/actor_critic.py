@@ -59,9 +59,9 @@ class Actor(nn.Module):
         return low + (unit + 1) / 2 * (high - low)
 
     def as_unit(self, action: Tensor) -> Tensor:
-        """What `in_units` turns back, clamped to the bounds."""
+        """What `in_units` turns back; beyond [-1, 1] outside of the bounds."""
         low, high = self.get_buffer("low"), self.get_buffer("high")
-        return (2 * (action - low) / (high - low) - 1).clamp(-1, 1)
+        return 2 * (action - low) / (high - low) - 1
 
 
 class Critics(nn.ModuleList):
@@ -162,6 +162,11 @@ class TD3Learner(DDPGLearner):
 
     def delayed_actor_loss(self, batch: Batch) -> Tensor:
         return super().actor_loss(batch)
+
+    def follow(self) -> None:
+        # What follows moves with the actor.
+        if self.get_buffer("steps") % self.config.policy_delay == 0:
+            super().follow()
 
 
 class TD3BCLearner(TD3Learner):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,7 +9,7 @@ from torch.nn import functional
 
 from components.training.algorithms.learner import Batch, Learner, taken
 
-NODES = 32
+NODES = 161
 
 
 class LinearRewards(nn.Module):
@@ -36,10 +33,10 @@ class LinearRewards(nn.Module):
 
     def add(self, x: Tensor, action: Tensor, reward: Tensor) -> None:
         """Decisions [B] with normalized features [B, F]; of all workers, where there are several."""
-        hot = functional.one_hot(action, self.get_buffer("moment").shape[0]).to(x.dtype)
         known = _with_one(x)
-        outer = torch.einsum("ba,bi,bj->aij", hot, known, known)
-        moment = torch.einsum("ba,b,bi->ai", hot, reward, known)
+        parts = [(known[rows], reward[rows]) for rows in (action == a for a in range(len(self.get_buffer("moment"))))]
+        outer = torch.stack([k.T @ k for k, _ in parts])
+        moment = torch.stack([k.T @ r for k, r in parts])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(outer)
             dist.all_reduce(moment)
@@ -84,27 +81,36 @@ class UpperBounds(nn.Module):
 class ThompsonSampling(nn.Module):
     """Linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352): log-probabilities of being the best action.
 
-    So a softmax at temperature 1 acts as if rewards were drawn from the posterior, with propensities that are known.
-    They are found by Gauss-Hermite quadrature over the reward of each action.
+    So a softmax at temperature 1 acts as if rewards were drawn from the posterior, with propensities that are known:
+    the integral over an action's reward of its density times the chance that each other's is lower.
     """
 
     def __init__(self, rewards: LinearRewards, deviation: float) -> None:
         super().__init__()
         self.rewards, self.noise = rewards, deviation
-        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32))
-        self.register_buffer("weights", torch.tensor(weights / math.sqrt(2 * math.pi), dtype=torch.float32))
+        nodes = torch.linspace(-5, 5, NODES)
+        self.register_buffer("nodes", nodes)
+        self.register_buffer("log_density", torch.log_softmax(-nodes.square() / 2, 0))
 
     def forward(self, x: Tensor) -> Tensor:
         mean, deviation = self.rewards(x), self.noise * self.rewards.deviation(x)
         at = mean.unsqueeze(2) + deviation.unsqueeze(2) * self.get_buffer("nodes")  # [B, A, nodes]
-        behind = (at.unsqueeze(3) - mean[:, None, None, :]) / deviation[:, None, None, :]
-        below = 0.5 * (1 + torch.erf(behind / math.sqrt(2)))
-        # Its own place does not count: an action need not be better than itself.
-        own = torch.eye(mean.shape[1], dtype=torch.bool, device=x.device)[None, :, None, :]
-        others = torch.where(own, 1.0, below).prod(3)
-        best = (others * self.get_buffer("weights")).sum(2).clamp(min=1e-12)
-        return (best / best.sum(1, keepdim=True)).log()
+        actions = mean.shape[1]
+        total = self.get_buffer("log_density").expand(*at.shape)
+        for other in range(actions):
+            ahead = (at - mean[:, other, None, None]) / deviation[:, other, None, None]
+            lower = log_normal_cdf(ahead)
+            # An action need not be better than itself.
+            itself = torch.arange(actions, device=x.device)[:, None] == other
+            total = total + torch.where(itself, 0.0, lower)
+        best = total.logsumexp(2)
+        return best - best.logsumexp(1, keepdim=True)
+
+
+def log_normal_cdf(x: Tensor) -> Tensor:
+    """Within 2e-4 of the normal distribution (Bowling et al. 2009), and without a loss of digits far out."""
+    x = x.clamp(-1e3, 1e3)
+    return -functional.softplus(-(1.5976 * x + 0.07056 * x * x * x))
 
 
 class LinearBandit(Learner):
@@ -146,3 +152,7 @@ class LogisticBandit(Learner):
         logit = taken(self.network(batch.state), batch.action, None)
         loss = functional.binary_cross_entropy_with_logits(logit, batch.reward)
         return loss, torch.sigmoid(logit.detach()).mean()
+
+    def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logged, own, action = super().examine(batch)
+        return torch.sigmoid(logged), torch.sigmoid(own), action

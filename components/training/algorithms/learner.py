@@ -62,8 +62,10 @@ class Learner(nn.Module):
 
     def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of the logged actions, [B], and of the policy's own, [B], and those: [B], or in their units [B, D]."""
-        scores = score(self.valuing, batch.state, batch.possible)
-        own = best(score(self.network, batch.state, batch.possible), batch.possible)
+        scores = score(self.network, batch.state, batch.possible)
+        own = best(scores, batch.possible)
+        if self.valuing is not self.network:
+            scores = score(self.valuing, batch.state, batch.possible)
         return taken(scores, batch.action, batch.possible), taken(scores, own, batch.possible), own
 
     def compute_in(self, precision: str) -> None:

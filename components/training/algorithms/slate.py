@@ -73,7 +73,7 @@ def best_slate(value: Tensor, appeal: Tensor, size: int) -> Tensor:
     Its worth is a ratio of sums over its items, which Dinkelbach's iteration (1967) raises to the largest: what is
     worth more than the slate so far counts by how likely it is chosen. The paper solves the same by linear programming.
     """
-    mass = torch.exp(appeal - appeal.amax(1, keepdim=True))
+    mass = torch.exp((appeal - appeal.amax(1, keepdim=True)).clamp(min=-60.0))
     level = value[:, -1]
     slate = torch.zeros(1)
     for _ in range(ROUNDS):

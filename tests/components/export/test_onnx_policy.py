@@ -16,6 +16,7 @@ from torch import nn
 from components.export.onnx_policy import TOLERANCE, ServedPolicy, check_onnx, export_onnx, served
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
+from components.training.algorithms.bandit import LinearRewards
 from components.training.algorithms.build import build_network
 from components.training.network import Head, LogisticPolicy, Normalized
 from contracts.job import Algorithm, PolicyHead
@@ -119,12 +120,21 @@ def test_the_graph_agrees_with_torch_on_ordinary_and_extreme_states(exported: Ex
         {"cql": {"dueling": False}},
         {"bcq": {"threshold": 0.9}},
         {"behaviourCloning": {}},
+        {"linUcb": {}},
+        {"linearThompson": {"deviation": 0.3}},
+        {"logisticBandit": {}},
     ],
     ids=str,
 )
 def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network = build_network(Algorithm.model_validate(algorithm), SPEC, ABC).eval()
+    for rewards in (module for module in network.modules() if isinstance(module, LinearRewards)):
+        # Some log, of which the third action is hardly a part.
+        x, action = torch.randn(5000, 12), (torch.rand(5000) < 0.5).long()
+        action[:5] = 2
+        rewards.add(x[:, : rewards.theta.shape[1] - 1], action, action + 0.3 * torch.randn(5000))
+        rewards.settle(1.0)
     policy = exported_to(tmp_path / "model.onnx", network, AT_07, 7, 3)
     every = np.concatenate([states(1000, 7), EXTREMES])
     assert check_onnx(policy, described(7, 3), tmp_path / "model.onnx", every, seed=0) <= TOLERANCE

@@ -118,6 +118,13 @@ def test_nothing_is_asked_for_when_the_gate_fails(
     assert not (volume / "volume").exists()
 
 
+def test_a_policy_over_numbers_is_exported_and_no_service_is_asked_for(ask: Ask, server: KubernetesEmulator) -> None:
+    record = ask(actions=[], actionSpace="continuous")
+    assert record["rollout"] == "exported"
+    assert record["reason"] == "no canary: it is for discrete actions, and these are continuous"
+    assert len(server) == 0
+
+
 @pytest.mark.parametrize("verdict", ["pass", "disabled"])
 def test_the_first_policy_of_all_is_served_at_once(ask: Ask, server: KubernetesEmulator, verdict: str) -> None:
     assert ask(verdict)["rollout"] == "created"

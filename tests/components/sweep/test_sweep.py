@@ -115,7 +115,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Trials whose value is known without any training; a small learning rate cannot be judged."""
     asked: list[dict[str, Any]] = []
 
-    def train(spec: JobSpec, features: Path, normalization: Path, output: Path) -> None:
+    def train(spec: JobSpec, features: Path, normalization: Path, output: Path, part: str) -> None:
         asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs})
         if spec.algorithm.learning_rate < 1e-4:
             raise StageError("training diverges")
@@ -155,11 +155,11 @@ def test_finished_trials_are_not_repeated_after_a_kill(
     whole = search(*given, tmp_path / "undisturbed")
     real, left = module.train, [5]
 
-    def killed(*arguments: Any) -> None:
+    def killed(*arguments: Any, **named: Any) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        real(*arguments)
+        real(*arguments, **named)
 
     monkeypatch.setattr(module, "train", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -187,3 +187,40 @@ def test_a_sweep_of_which_nothing_can_be_judged_says_why(
     spec = ranged(3, low=1e-6, high=1e-5)
     with pytest.raises(StageError, match="no trial of 3 could be judged; the last: training diverges"):
         search(spec, stages / "features", stages / "normalization", tmp_path / "work")
+
+
+def test_settings_that_do_not_go_together_are_a_failed_trial(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    parameters = {
+        "training.batchSize": {"low": 64.0, "high": 512.0},
+        "algorithm.dqn.learningRate": {"low": 0.01, "high": 0.1},
+    }
+    training = JOB["training"] | {"workers": {"max": 2}}
+    spec = JobSpec.model_validate(JOB | {"training": training, "sweep": {"trials": 8, "parameters": parameters}})
+    _, tried = search(spec, stages / "features", stages / "normalization", tmp_path / "work")
+    failed = [each["failed"] for each in tried[1:] if each["failed"]]
+    assert failed
+    assert all("must be a multiple of workers.max" in each for each in failed)
+
+
+def test_the_jobs_own_settings_are_tried_wherever_they_lie(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    _, tried = search(ranged(3, low=0.01, high=0.02), stages / "features", stages / "normalization", tmp_path / "work")
+    assert tried[0]["settings"] == {"algorithm.dqn.learningRate": 1e-6}
+    assert all(0.01 <= each["settings"]["algorithm.dqn.learningRate"] <= 0.02 for each in tried[1:])
+
+
+def test_a_sweep_ends_as_the_training_stage_would(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLUEWHALE_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("BLUEWHALE_TERMINATION_LOG", str(tmp_path / "termination"))
+    spec = ranged(3, low=1e-6, high=1e-5)
+    with pytest.raises(StageError):
+        sweep_and_train(spec, stages / "features", stages / "normalization", tmp_path / "training")
+    for file in ("error.json", "termination"):
+        told = json.loads((tmp_path / file).read_text())
+        assert told["stage"] == "training"
+        assert "no trial of 3 could be judged" in (told.get("error") or told["message"])

@@ -256,17 +256,17 @@ def test_a_logistic_bandit_wants_rewards_that_are_probabilities(low: float) -> N
 @pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])
 def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) -> None:
     with pytest.raises(StageError, match=r"training diverges: at step 50 .* choose cql or bcq"):
-        check_converges(score, loss, 100.0, 50)
+        check_converges(score, loss, 100.0, 50, "or choose cql or bcq")
 
 
 def test_values_within_what_rewards_can_sum_to_go_on() -> None:
-    check_converges(250.0, 1e6, 100.0, 50)
-    check_converges(1e9, 1e6, float("inf"), 50)
+    check_converges(250.0, 1e6, 100.0, 50, "")
+    check_converges(1e9, 1e6, float("inf"), 50, "")
 
 
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
-    check_converges(0.05, 0.1, 1e-4, 50)
-    check_converges(0.05, 0.1, 0.0, 50)
+    check_converges(0.05, 0.1, 1e-4, 50, "")
+    check_converges(0.05, 0.1, 0.0, 50, "")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,7 @@ def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny(
         {"bcq": {"hiddenLayers": [8]}},
         {"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}},
         {"behaviourCloning": {"hiddenLayers": [8]}},
+        {"linUcb": {}},
     ],
     ids=lambda a: next(iter(a)),
 )

@@ -36,11 +36,13 @@ def policy(letter: str, **fields: Any) -> Object:
 SIMULATION = {"environment": "CartPole-v1", "behaviourPolicy": {"weights": {"pole_angle": 1.0}}}
 NIGHTLY = {"cron": "0 3 * * *"}
 
+DIRECT = {"gate": {"estimator": "sequential_direct_method"}}
 PRICE: dict[str, Any] = {
     "actions": [],
     "actionSpace": "continuous",
     "algorithm": {"iql": {}},
     "actionBounds": {"price": {"low": 0.0, "high": 1.0}},
+    "evaluation": DIRECT,
 }
 
 
@@ -142,13 +144,18 @@ CASES = [
     Case("set exactly one of dqn", job(algorithm={"cql": {}}), job(algorithm={"cql": {}, "bcq": {}})),
     Case(
         "the algorithm cannot learn from actions of this actionSpace",
-        job(actions=[], actionSpace="continuous", algorithm={"sac": {}}),
-        job(actions=[], actionSpace="continuous", algorithm={"dqn": {}}),
+        job(actions=[], actionSpace="continuous", algorithm={"sac": {}}, evaluation=DIRECT),
+        job(actions=[], actionSpace="continuous", algorithm={"dqn": {}}, evaluation=DIRECT),
     ),
     Case(
         "the algorithm cannot learn from actions of this actionSpace",
         job(actions=[], actionSpace="parametric", algorithm={"cql": {}}),
         job(actions=[], actionSpace="parametric", algorithm={"bcq": {}}),
+    ),
+    Case(
+        "a policy over continuous actions has no propensities",
+        job(**PRICE),
+        job(**PRICE | {"evaluation": {}}),
     ),
     Case(
         "actionBounds are those of continuous actions",

@@ -467,6 +467,15 @@ def test_a_policy_that_the_gate_stops_ends_the_job_without_a_rollout() -> None:
     assert "RolledOut" not in [c.type for c in outcome.status.conditions]
 
 
+def test_a_policy_that_is_exported_alone_completes_the_job_without_a_rollout() -> None:
+    life = Life()
+    life.begin()
+    outcome = life.finish_run(rollout="exported", message="no canary: it is for discrete actions")
+    assert (outcome.status.phase, outcome.status.reason) == ("Succeeded", "Exported")
+    assert condition(outcome, "Complete") == ("True", "Exported")
+    assert "RolledOut" not in [c.type for c in outcome.status.conditions]
+
+
 def test_the_first_policy_of_a_service_is_adopted() -> None:
     life = Life()
     life.begin()

@@ -78,7 +78,7 @@ def test_an_action_is_served_in_the_products_units_and_learned_in_its_own() -> N
     actor = network(0.5, (1.0, 0.0)).actor
     assert actor(torch.zeros(1, 1)).item() == pytest.approx(-2 + 1.5 / 2 * 6)
     raw = torch.tensor([[-2.0], [1.0], [4.0], [9.0]])
-    assert actor.as_unit(raw).squeeze(1).tolist() == pytest.approx([-1, 0, 1, 1])
+    assert actor.as_unit(raw).squeeze(1).tolist() == pytest.approx([-1, 0, 1, 8 / 3])
     torch.testing.assert_close(actor.in_units(actor.as_unit(raw[:3])), raw[:3])
 
 

@@ -86,6 +86,21 @@ def test_thompson_sampling_takes_an_action_as_often_as_it_is_best_in_a_draw() ->
         np.testing.assert_allclose(probabilities[row], np.bincount(drawn, minlength=ARMS) / 100_000, atol=0.01)
 
 
+def test_an_arm_that_was_hardly_tried_is_tried_as_often_as_it_may_be_the_best() -> None:
+    mean, deviation = torch.tensor([[0.3, 0.0, 0.0]]), torch.tensor([[0.01, 0.01, 1.0]])
+
+    class Given(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return mean
+
+        def deviation(self, x: torch.Tensor) -> torch.Tensor:
+            return deviation
+
+    found = ThompsonSampling(Given(), 1.0)(torch.zeros(1, 1)).exp()  # type: ignore[arg-type]
+    drawn = np.random.default_rng(0).normal(mean, deviation, (200_000, 3)).argmax(1)
+    np.testing.assert_allclose(found[0], np.bincount(drawn, minlength=3) / 200_000, atol=0.01)
+
+
 def test_thompson_sampling_over_equal_arms_is_even() -> None:
     found = ThompsonSampling(LinearRewards(2, 3, 1.0), 1.0)(torch.tensor([[0.5, -1.0]]))
     np.testing.assert_allclose(found.exp(), [[1 / 3] * 3], atol=1e-5)

@@ -27,7 +27,7 @@ def step(place: np.ndarray, move: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 def possible(place: np.ndarray) -> np.ndarray:
     """bool [..., moves]: two steps at once are possible at even places alone, and none back at the first."""
-    return (MOVES != 2) | (place[..., None] % 2 == 0) & ((MOVES != -1) | (place[..., None] > 0))
+    return ((MOVES != 2) | (place[..., None] % 2 == 0)) & ((MOVES != -1) | (place[..., None] > 0))
 
 
 def exact() -> np.ndarray:
