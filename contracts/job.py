@@ -383,15 +383,6 @@ class IQL(ActorCritic):
     inverse_temperature: float = Field(3.0, ge=0, description="High takes better actions, low clones the log.")
 
 
-class SlateQ(LearnerConfig):
-    """Values of items on slates (Ie et al. 2019, arXiv 1905.12767), where people choose one of those shown or none."""
-
-    next_slate: Literal["best", "logged"] = Field(
-        "best", description="Whose worth a target adds: that of the best slate, or of the logged one (SARSA)."
-    )
-    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
-
-
 class LinearBandit(Model):
     """A linear model of each action's reward, and how sure it is: what comes after the decision does not count."""
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from components.training.algorithms.slate import SlateBatch, SlateNetwork, SlateQLearner
+from components.training.algorithms.slate import SlateBatch, SlateNetwork, SlateQ, SlateQLearner
 from components.training.trainer import Trainer
-from contracts.job import SlateQ
 
 CANDIDATES, SLATE = 10, 2
 DISCOUNT = 0.99

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import torch
 from scipy import stats
 
-from contracts.job import SlateQ
+from components.training.algorithms.slate import SlateQ
 from contracts.progress import report
 from simulation import bandits, offline, online, slates
 
@@ -30,7 +30,7 @@ ONLINE: dict[str, tuple[str, dict[str, object]]] = {
     "SAC": ("sac", {}),
 }
 OF_NUMBERS = ("Pendulum-v1",)
-SLATE_LOG, SLATE_STEPS, SLATE_EPISODES = 1_000, 5_000, 500
+SLATE_LOG, SLATE_STEPS, SLATE_EPISODES = 500, 2_000, 300
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def shown(environment: str, algorithm: str, seed: int) -> float:
     network = None
     if algorithm != BY_CHANCE:
         log = slates.play(environment, None, SLATE_LOG, seed)
-        config = SlateQ(nextSlate="logged" if "SARSA" in algorithm else "best", targetUpdateRate=0.02)
+        config = SlateQ(
+            hiddenLayers=[64, 64], targetUpdateRate=0.02, nextSlate="logged" if "SARSA" in algorithm else "best"
+        )
         network = slates.learn_from(log, config, SLATE_STEPS, seed)
     return float(slates.play(environment, network, SLATE_EPISODES, seed + offline.FRESH).returns.mean())
 

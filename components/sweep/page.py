@@ -67,6 +67,7 @@ def _figure(spec: JobSpec, judged: list[dict[str, Any]]) -> str:
             axis.plot(x, each["value"], "o", color=colour, markersize=4)
         if parameter.choices:
             axis.set_xticks(range(len(values)), parameter.choices)
+            axis.set_xlim(-0.5, len(values) - 0.5)
         elif parameter.log:
             axis.set_xscale("log")
         axis.set_title(name, fontsize=8)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from components.training.network import QNetwork
-from contracts import job
+from contracts.job import LearnerConfig
 
 ROUNDS = 8
 """Of Dinkelbach's iteration, which rarely takes more than four."""
+
+
+class SlateQ(LearnerConfig):
+    """What SlateQ is learned with; a job has no slates yet, a log of them is learned from Python."""
+
+    next_slate: Literal["best", "logged"] = Field(
+        "best", description="Whose worth a target adds: that of the best slate, or of the logged one (SARSA)."
+    )
+    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class SlateQLearner(nn.Module):
     A conditional logit model of the choice is learned beside.
     """
 
-    def __init__(self, network: SlateNetwork, config: job.SlateQ) -> None:
+    def __init__(self, network: SlateNetwork, config: SlateQ) -> None:
         super().__init__()
         self.network, self.config = network, config
         self.target = copy.deepcopy(network).requires_grad_(False)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from components.training.algorithms.slate import SlateBatch, SlateNetwork, SlateQLearner, best_slate, worth
+from components.training.algorithms.slate import SlateBatch, SlateNetwork, SlateQ, SlateQLearner, best_slate, worth
 from components.training.trainer import Trainer
-from contracts.job import SlateQ
 
 B, N, K = 50, 7, 3
 
