@@ -21,6 +21,8 @@ from components.export.policy import export_policy
 from components.export.repository import MODEL, read_policies
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
+from components.training.algorithms.build import build_network
+from components.training.store import build_store
 from components.training.worker import check_fits, find_actions
 from components.transitions import Lists, Transitions, load_transitions
 from components.understanding.understand import understand
@@ -154,6 +156,18 @@ def test_bounds_are_those_of_the_job_or_of_the_log(prices: Path) -> None:
     other = JobSpec.model_validate(NUMBERS | {"actionBounds": {"cost": {"low": 0.0, "high": 1.0}}})
     with pytest.raises(StageError, match=r"actionBounds\.cost: the log's actions have price"):
         find_actions(data, other, prices / "normalization")
+
+
+def test_numbers_outside_of_the_bounds_are_not_learned_from(prices: Path) -> None:
+    spec = JobSpec.model_validate(NUMBERS | {"actionBounds": {"price": {"low": 1.0, "high": 3.0}}})
+    data = load_transitions(prices / "features", spec)
+    actions = find_actions(data, spec, prices / "normalization")
+    network = build_network(spec.algorithm, NormalizationSpec.read(prices / "normalization" / "spec.json"), actions)
+    ones = np.ones(N, np.float32)
+    store = build_store(data, network, ones, ones)
+    inside = (data.action[:, 0] >= 1) & (data.action[:, 0] <= 3)
+    assert store.usable.tolist() == np.flatnonzero(inside).tolist()
+    assert 0.4 < inside.mean() < 0.6
 
 
 @pytest.fixture(scope="module")
