@@ -201,14 +201,18 @@ def test_numbers_that_describe_an_action_become_its_features(tmp_path):
     spec = JobSpec.model_validate({"actionSpace": "parametric"})
     rows = [row("m", i, state_x=float(i)) for i in range(3)]
     directory = timeline(tmp_path / "timeline", rows)
-    actions = pa.array([[("price", 9.0)], [("price", 5.0), ("blue", 1.0)], []], pa.map_(pa.string(), pa.float64()))
+    numbers = pa.map_(pa.string(), pa.float64())
+    actions = pa.array([[("price", 9.0)], [("price", 5.0), ("blue", 1.0)], []], numbers)
+    # What nobody took yet is described by something more.
+    lists = pa.array([[[("price", 9.0)], [("price", 2.0), ("size", 3.0)]], None, []], pa.list_(numbers))
     file = directory / "transitions" / "part.parquet"
-    pq.write_table(pq.read_table(file).append_column("action", actions), file)
+    table = pq.read_table(file).append_column("action", actions).append_column("possible_actions", lists)
+    pq.write_table(table, file)
     join_features(spec, directory, tmp_path / "out")
     found = [(r["action_feature_price"], r["action_feature_blue"]) for r in joined(tmp_path / "out")]
     assert found == [(9.0, None), (5.0, 1.0), (None, None)]
     record = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert (record["features"], record["action_features"]) == (["x"], ["blue", "price"])
+    assert (record["features"], record["action_features"]) == (["x"], ["blue", "price", "size"])
 
 
 def test_the_online_store_goes_on_from_where_it_was(shop: Path, tmp_path: Path) -> None:
