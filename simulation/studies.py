@@ -16,8 +16,8 @@ from scipy import stats
 from components.training.algorithms.slate import SlateQ
 from contracts.progress import report
 from simulation import bandits, offline, online, slates
+from simulation.bandits import BY_CHANCE
 
-BY_CHANCE = "by chance"
 ONLINE: dict[str, tuple[str, dict[str, object]]] = {
     "DQN": ("dqn", {"double": False}),
     "double DQN": ("dqn", {}),
@@ -117,7 +117,7 @@ STUDIES: dict[str, Study] = {
     "bandits": Study(
         "Expected regret in 1,000 decisions, learned from a log of random ones",
         tuple(bandits.SIZES),
-        (bandits.BY_CHANCE, *bandits.BANDITS),
+        (BY_CHANCE, *bandits.BANDITS),
         bandits.regret,
     ),
 }

@@ -30,6 +30,11 @@ _TEMPLATE = template("""
 """)
 
 
+def best_of(judged: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trial whose estimate has the highest lower bound."""
+    return max(judged, key=lambda each: each["low"])
+
+
 def write_page(spec: JobSpec, tried: list[dict[str, Any]], path: Path) -> None:
     """Write the page of a finished sweep."""
     assert spec.sweep
@@ -52,7 +57,7 @@ def _figure(spec: JobSpec, judged: list[dict[str, Any]]) -> str:
     """A panel for each parameter: the estimates, with their intervals, by its value; the best is coloured."""
     assert spec.sweep
     parameters = spec.sweep.parameters
-    best = max(judged, key=lambda each: each["low"])
+    best = best_of(judged)
     figure = Figure(figsize=(min(3.4 * len(parameters), 14), 2.9), layout="constrained")
     panels = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
     for axis, (name, parameter) in zip(panels, parameters.items(), strict=True):

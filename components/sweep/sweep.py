@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from components.evaluation.evaluate import evaluate
-from components.sweep.page import write_page
+from components.sweep.page import best_of, write_page
 from components.training.launch import train
 from components.transitions import held_out
 from contracts import progress
@@ -86,7 +86,7 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
     judged = [each for each in tried if not each["failed"]]
     if not judged:
         raise StageError(f"sweep: no trial of {len(tried)} could be judged; the last: {tried[-1]['failed']}")
-    best = max(judged, key=lambda each: each["low"])
+    best = best_of(judged)
     progress.report(spec.sweep.trials, spec.sweep.trials, f"best: {_in_words(best['settings'])}")
     return spec.with_settings(best["settings"]), tried
 
@@ -184,7 +184,7 @@ def _ranges(spec: JobSpec) -> dict[str, Any]:
 def _outcome(tried: list[dict[str, Any]]) -> dict[str, Any]:
     """What the stage's record says of the sweep."""
     judged = [each for each in tried if not each["failed"]]
-    best = max(judged, key=lambda each: each["low"])
+    best = best_of(judged)
     own = tried[0]
     return {
         "trials": len(tried),

@@ -85,14 +85,16 @@ def best_slate(value: Tensor, appeal: Tensor, size: int) -> Tensor:
     worth more than the slate so far counts by how likely it is chosen. The paper solves the same by linear programming.
     """
     mass = torch.exp((appeal - appeal.amax(1, keepdim=True)).clamp(min=-60.0))
+
+    def beyond(level: Tensor) -> Tensor:
+        return (mass[:, :-1] * (value[:, :-1] - level.unsqueeze(1))).topk(size, dim=1).indices
+
     level = value[:, -1]
-    slate = torch.zeros(1)
-    for _ in range(ROUNDS):
-        gain = mass[:, :-1] * (value[:, :-1] - level.unsqueeze(1))
-        slate = gain.topk(size, dim=1).indices
+    for _ in range(ROUNDS - 1):
+        slate = beyond(level)
         shares = on_slate(mass, slate)
         level = (shares * on_slate(value, slate)).sum(1) / shares.sum(1)
-    return slate
+    return beyond(level)
 
 
 class SlateQLearner(nn.Module):
