@@ -35,7 +35,8 @@ bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization an
 	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),3)
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),3) \
+	  --against d3rlpy tianshou torchrl --python $(OTHER_ENGINES)/bin/python
 
 reproduce: install ## Train every algorithm where the truth is known, over SEEDS seeds, and print what the policies earn
 	$(BIN)/bluewhale reproduce --seeds $(or $(SEEDS),10)
@@ -84,10 +85,12 @@ $(OTHER_KFP)/.installed:
 	$(OTHER_KFP)/bin/pip install --quiet --disable-pip-version-check 'kfp==2.16.*'
 	@touch $@
 
-# What the timeline is compared with.
+# What the timeline and training are compared with; torch comes first, as above.
 $(OTHER_ENGINES)/.installed:
 	$(PYTHON) -m venv $(OTHER_ENGINES)
-	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check duckdb==2.0.1 polars==2.1.0
+	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check duckdb==2.0.1 polars==2.1.0 \
+	  torch==2.13.0 d3rlpy==2.8.1 tianshou==2.0.1 torchrl==0.14.1
 	@touch $@
 
 # The Triton server itself comes in the wheel of pytriton. The wheel wants numpy 1, and Triton's Python backend is built

@@ -1,26 +1,34 @@
-"""How many transitions a second double DQN learns from, next to a hand-written eager torch step over sampled batches.
+"""How many transitions a second double DQN learns from: ours, by hand, and in other libraries.
 
     export PYTHONPATH=.
     python benchmarks/training.py --features 4 300 --batch 256 1024 4096 --repeats 3
+    python benchmarks/training.py --against d3rlpy tianshou torchrl --python .venv-bench/bin/python
 
-Both have two hidden layers of 256 and Adam on the same rows, by hand in float32. Ours samples its batches from the
-store by a permutation; the hand-written step has them ready. They take turns. Printed are transitions a second, the
-ratio of the same turn (median and range), and the share of the float32 peak that a multiplication of large matrices
-reaches here.
+All have two hidden layers of 256 and Adam on the same rows. Ours samples its batches by a permutation, from memory or
+from files that are mapped; the step by hand, the shortest eager one in float32, has them ready. They take turns.
+Printed are transitions a second, the ratio to the step by hand of the same turn (median and range), and the share of
+the float32 peak that a multiplication of large matrices reaches here.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
@@ -34,40 +42,51 @@ PRECISIONS = ("float32", "bfloat16")
 Step = Callable[[], object]
 
 
-def store(features: int) -> Store:
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.rand(ROWS, generator=generator) < 0.02
-    rows = torch.arange(ROWS)
-    return Store(
-        state=torch.randn(ROWS, features, generator=generator),
-        action=torch.randint(2, (ROWS,), generator=generator),
-        possible=None,
-        reward=torch.randn(ROWS, generator=generator),
-        next_row=torch.where(ends, rows, (rows + 1).clamp(max=ROWS - 1)),
-        terminal=ends,
-        discount=torch.full((ROWS,), 0.99),
-        usable=np.arange(ROWS),
+def write_data(features: int, directory: Path) -> None:
+    """Rows of episodes of about 50 decisions, as `benchmarks/training_others.py` reads them."""
+    rng = np.random.default_rng(0)
+    np.save(directory / "state.npy", rng.normal(size=(ROWS, features)).astype(np.float32))
+    np.save(directory / "action.npy", rng.integers(2, size=ROWS))
+    np.save(directory / "reward.npy", rng.normal(size=ROWS).astype(np.float32))
+    np.save(directory / "terminal.npy", rng.random(ROWS) < 0.02)
+
+
+def store(directory: Path) -> Store:
+    state, action, reward, ends = (
+        torch.from_numpy(np.load(directory / f"{name}.npy")) for name in ("state", "action", "reward", "terminal")
     )
+    rows = torch.arange(ROWS)
+    following = torch.where(ends, rows, (rows + 1).clamp(max=ROWS - 1))
+    return Store(state, action, None, reward, following, torch.where(ends, 0.0, 0.99), np.arange(ROWS))
 
 
-def ours(data: Store, features: int, batch: int, precision: str) -> Step:
-    """Sampling, the step, and a loss that is read now and then, as a training worker does."""
+def on_disk(data: Store, features: int, directory: Path) -> Store:
+    """The same, its states mapped and normalized as they are needed."""
+    mapped = torch.from_numpy(np.load(directory / "state.npy", mmap_mode="c"))
+    return replace(data, state=mapped, graph=NormalizationGraph(normalization(features)))
+
+
+def normalization(features: int) -> NormalizationSpec:
     columns = [
         FeatureNormalization(name=f"f{i}", type="continuous", mean=0.0, stddev=1.0, how="by hand", evidence={})
         for i in range(features)
     ]
-    spec = NormalizationSpec(inputs=[column.name for column in columns], features=columns)
+    return NormalizationSpec(inputs=[column.name for column in columns], features=columns)
+
+
+def ours(data: Store, features: int, batch: int, precision: str) -> Step:
+    """Sampling, the step, and a loss that is read now and then, as a training worker does."""
     algorithm = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False))
     torch.manual_seed(0)
-    network = build_network(algorithm, spec, Actions(["first", "second"]))
+    network = build_network(algorithm, normalization(features), Actions(["first", "second"]))
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
     trainer = Trainer(learner, algorithm.learning_rate)
-    shuffled, steps = Shuffled(data.usable, batch, 0), itertools.count()
+    batches = data.batches(Shuffled(data.usable, batch, 0), 0, 1 << 40)
     losses: list[Tensor] = []
 
     def step() -> None:
-        losses.append(trainer.step(data.batch(torch.from_numpy(shuffled.at(next(steps)))))[0])
+        losses.append(trainer.step(next(batches))[0])
         if len(losses) == LOOK_EVERY:
             torch.stack(losses).mean().item()
             losses.clear()
@@ -97,7 +116,7 @@ def by_hand(data: Store, features: int, batch: int) -> Step:
         at += 1
         with torch.no_grad():
             best = q(b.next_state).argmax(1, keepdim=True)
-            wanted = b.reward + b.discount * ~b.terminal * slow(b.next_state).gather(1, best).squeeze(1)
+            wanted = b.reward + b.discount * slow(b.next_state).gather(1, best).squeeze(1)
         loss = nn.functional.smooth_l1_loss(q(b.state).gather(1, b.action.unsqueeze(1)).squeeze(1), wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -136,30 +155,58 @@ def work(features: int) -> int:
     return 2 * weights * 5
 
 
+@contextmanager
+def other(library: str, python: str, directory: Path, batch: int) -> Iterator[Callable[[], float]]:
+    """A process that measures another library whenever it is asked, and waits meanwhile."""
+    command = [python, "benchmarks/training_others.py", library, str(directory), "--batch", str(batch)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        words, lines = process.stdin, process.stdout
+        assert words is not None
+        assert lines is not None
+
+        def ask() -> float:
+            words.write("\n")
+            words.flush()
+            return next(float(line.split()[1]) for line in lines if line.startswith("rate "))
+
+        next(line for line in lines if line.startswith("ready"))
+        yield ask
+        words.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="+", default=[4, 300])
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--against", nargs="*", default=[], help="d3rlpy, tianshou, torchrl")
+    parser.add_argument("--python", default="python", help="of the environment that has them")
     arguments = parser.parse_args()
     fastest = peak()
     print(f"{torch.get_num_threads()} threads, {fastest / 1e9:.0f} GFLOP/s")
-    for features in arguments.features:
-        data = store(features)
-        for batch in arguments.batch:
-            pairs = []
-            for _ in range(arguments.repeats):
-                steps = [ours(data, features, batch, precision) for precision in PRECISIONS]
-                pairs.append([rate(step, batch) for step in (by_hand(data, features, batch), *steps)])
-            hand = statistics.median(each[0] for each in pairs)
-            print(f"  {features} features, batch {batch:,}: by hand {hand:,.0f} a second")
-            for i, precision in enumerate(PRECISIONS, 1):
-                mine, ratios = statistics.median(each[i] for each in pairs), [each[i] / each[0] for each in pairs]
-                print(
-                    f"    {precision:8} {mine:10,.0f} a second, {statistics.median(ratios):.2f} "
-                    f"[{min(ratios):.2f}, {max(ratios):.2f}] times, {mine * work(features) / fastest:.0%} of the peak",
-                    flush=True,
-                )
+    for features, batch in itertools.product(arguments.features, arguments.batch):
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            write_data(features, directory := Path(name))
+            data = store(directory)
+            steps = {"by hand": by_hand(data, features, batch)}
+            steps |= {precision: ours(data, features, batch, precision) for precision in PRECISIONS}
+            steps["on disk"] = ours(on_disk(data, features, directory), features, batch, "float32")
+            measures = {name: functools.partial(rate, step, batch) for name, step in steps.items()} | {
+                library: stack.enter_context(other(library, arguments.python, directory, batch))
+                for library in arguments.against
+            }
+            turns = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.repeats)]
+        print(f"  {features} features, batch {batch:,}")
+        for name in measures:
+            found, ratios = [turn[name] for turn in turns], [turn[name] / turn["by hand"] for turn in turns]
+            median = statistics.median(found)
+            print(
+                f"    {name:8} {median:10,.0f} a second, {statistics.median(ratios):.2f} "
+                f"[{min(ratios):.2f}, {max(ratios):.2f}] times, {median * work(features) / fastest:.0%} of the peak",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

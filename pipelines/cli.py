@@ -304,7 +304,12 @@ def simulate(run: Run, episodes: int | None, clients: int) -> None:
     "reproduce",
     epilog="\b\nExample:\n  bluewhale reproduce > results.md\n  bluewhale reproduce --study offline --only mixed",
 )
-@click.option("--study", "names", multiple=True, help="offline, online, slates or bandits; may be given again.")
+@click.option(
+    "--study",
+    "names",
+    multiple=True,
+    help="offline, online, gridworld, numbers, slates or bandits; may be given again.",
+)
 @click.option("--only", multiple=True, help="Only this column or row of the tables; may be given again.")
 @click.option("--seeds", type=click.IntRange(min=2), default=10, show_default=True, help="Seeds of each cell.")
 @_as_json
@@ -330,7 +335,8 @@ def reproduce(names: tuple[str, ...], only: tuple[str, ...], seeds: int, as_json
         )
         return
     for name, results in found.items():
-        click.echo(f"{studies.STUDIES[name].title}: mean over {seeds} seeds [95 %].\n\n{studies.table(results)}\n")
+        study = studies.STUDIES[name]
+        click.echo(f"{study.title}: mean over {seeds} seeds [95 %].\n\n{studies.table(results, study.decimals)}\n")
 
 
 def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:

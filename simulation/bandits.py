@@ -67,16 +67,15 @@ def learned(
     learner.expect(len(arm))
     trainer = Trainer(learner, algorithm.learning_rate)
     state = network.normalization(torch.from_numpy(context))
-    action, gained = torch.from_numpy(arm), torch.from_numpy(reward)
-    ended, nothing = torch.ones(len(arm), dtype=torch.bool), torch.zeros(len(arm))
+    action, gained, nothing = torch.from_numpy(arm), torch.from_numpy(reward), torch.zeros(len(arm))
     # One pass is all that a linear bandit needs.
     passes = max(1, STEPS * BATCH // len(arm)) if trainer.optimizer else 1
     for _ in range(passes):
         order = torch.from_numpy(rng.permutation(len(arm)))
         for start in range(0, len(arm), BATCH):
             rows = order[start : start + BATCH]
-            one = [each[rows] for each in (state, action, gained, ended, nothing)]
-            trainer.step(Batch(one[0], one[1], None, one[2], one[0], one[1], None, one[3], one[4]))
+            one = [each[rows] for each in (state, action, gained, nothing)]
+            trainer.step(Batch(one[0], one[1], None, one[2], one[0], one[1], None, one[3]))
     learner.settle()
     network.eval()
     with torch.no_grad():

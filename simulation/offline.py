@@ -84,18 +84,18 @@ def store_of(played: Episodes, normalization: nn.Module, steps: int) -> Store:
     next_row = np.where(fell | played.truncated, rows, np.minimum(rows + 1, n - 1))
     rewards, discounts = played.metrics[:, 0].astype(np.float32), np.full(n, DISCOUNT, np.float32)
     over = over_steps(rewards, discounts, next_row, fell, played.truncated, steps)
-    action, reward, following, terminal, discount = map(torch.from_numpy, (played.action, *over))
+    action, reward, following, discount = map(torch.from_numpy, (played.action, *over))
     with torch.no_grad():
         state = normalization(torch.from_numpy(played.state))
-    return Store(state, action, None, reward, following, terminal, discount, np.flatnonzero(~played.truncated))
+    return Store(state, action, None, reward, following, discount, np.flatnonzero(~played.truncated))
 
 
 def learn(algorithm: Algorithm, network: Normalized, store: Store, seed: int) -> None:
     """Take `STEPS` optimizer steps."""
     trainer = Trainer(build_learner(algorithm, network), algorithm.learning_rate)
     shuffled = Shuffled(store.usable, BATCH, seed)
-    for step in range(STEPS):
-        trainer.step(store.batch(torch.from_numpy(shuffled.at(step))))
+    for batch in store.batches(shuffled, 0, STEPS):
+        trainer.step(batch)
     network.eval()
 
 

@@ -83,6 +83,7 @@ OF_VALUES: dict[str, Any] = {
 KNOWN: dict[str, tuple[Settings, dict[str, Any]]] = {
     "CartPole-v1": (Settings(60_000, updates=0.5, batch=128, look_every=2_500, enough=499), OF_VALUES | {"steps": 3}),
     "Acrobot-v1": (Settings(100_000, updates=0.5, batch=128, exploration=0.1, enough=-82), OF_VALUES),
+    "LunarLander-v3": (Settings(150_000, updates=0.5, batch=128, look_every=10_000, enough=250), OF_VALUES),
     "Pendulum-v1": (
         Settings(20_000, copies=4, batch=128, discount=0.98, exploration=0.1, look_every=1_000, enough=-170),
         {"hiddenLayers": [128, 128], "learningRate": 1e-3, "targetUpdateRate": 0.01},
@@ -91,7 +92,7 @@ KNOWN: dict[str, tuple[Settings, dict[str, Any]]] = {
 """What is known to work, by environment: with what algorithms are given."""
 
 
-RETURNS = {"CartPole-v1": (0.0, 100.0), "Acrobot-v1": (-100.0, 0.0)}
+RETURNS = {"CartPole-v1": (0.0, 100.0), "Acrobot-v1": (-100.0, 0.0), "LunarLander-v3": (-200.0, 200.0)}
 """Between which discounted returns lie, where that is known."""
 
 
@@ -144,8 +145,7 @@ class Replay:
             next_state=self.state[following, of_copy],
             next_action=self.action[following, of_copy],
             next_possible=None,
-            terminal=ended,
-            discount=factor,
+            discount=torch.where(ended, 0.0, factor),
         )
 
 

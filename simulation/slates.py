@@ -172,10 +172,10 @@ class SlateLog:
         following = np.where(self.terminal[rows], rows, np.minimum(rows + 1, len(self.reward) - 1))
         columns = [
             self.user[rows], self.items[rows], self.slate[rows], self.chosen[rows], self.reward[rows],
-            self.user[following], self.items[following], self.slate[following], self.terminal[rows],
+            self.user[following], self.items[following], self.slate[following],
+            np.where(self.terminal[rows], 0, DISCOUNT).astype(np.float32),
         ]  # fmt: skip
-        discount = np.full(len(rows), DISCOUNT, np.float32)
-        return SlateBatch(*map(torch.from_numpy, [*columns, discount]))
+        return SlateBatch(*map(torch.from_numpy, columns))
 
 
 def play(name: str, network: SlateNetwork | None, episodes: int, seed: int) -> SlateLog:

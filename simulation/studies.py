@@ -15,7 +15,7 @@ from scipy import stats
 
 from components.training.algorithms.slate import SlateQ
 from contracts.progress import report
-from simulation import bandits, offline, online, slates
+from simulation import bandits, gridworld, numbers, offline, online, slates
 from simulation.bandits import BY_CHANCE
 
 ONLINE: dict[str, tuple[str, dict[str, object]]] = {
@@ -64,6 +64,7 @@ class Study:
     rows: tuple[str, ...]
     measure: Callable[[str, str, int], float]
     fits: Callable[[str, str], bool] = lambda column, row: True
+    decimals: int = 0
 
 
 def played(environment: str, algorithm: str, seed: int) -> float:
@@ -108,6 +109,20 @@ STUDIES: dict[str, Study] = {
         played,
         _plays,
     ),
+    "gridworld": Study(
+        "Learned from 20,000 random moves in a gridworld, in hundredths of its prize: how far values are from the true "
+        "ones on average, and what is lost by acting on them",
+        (gridworld.TRUTH, gridworld.LOSS),
+        (BY_CHANCE, *gridworld.ALGORITHMS),
+        gridworld.gridworld,
+        decimals=1,
+    ),
+    "numbers": Study(
+        f"Mean greedy return on Pendulum-v1 of what is learned from {numbers.ROWS:,} logged decisions",
+        tuple(numbers.LOGS),
+        (offline.LOGGED, *numbers.ALGORITHMS),
+        numbers.pendulum,
+    ),
     "slates": Study(
         f"Mean return of an episode, of slates learned from {SLATE_LOG:,} episodes of random ones",
         tuple(slates.ENVIRONMENTS),
@@ -150,16 +165,17 @@ def reproduce(name: str, only: list[str], seeds: range) -> list[Result]:
     return [Result(*cell, [values[seed] for seed in seeds]) for cell, values in found.items()]
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Result], decimals: int = 0) -> str:
     """The results as Markdown."""
     columns = list(dict.fromkeys(result.column for result in results))
     cells = {(result.column, result.row): result for result in results}
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for row in dict.fromkeys(result.row for result in results):
-        texts = [_cell(cells[column, row]) if (column, row) in cells else "" for column in columns]
+        texts = [_cell(cells[column, row], decimals) if (column, row) in cells else "" for column in columns]
         lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def _cell(result: Result) -> str:
-    return f"{result.mean:.0f} [{result.interval[0]:.0f}, {result.interval[1]:.0f}]"
+def _cell(result: Result, decimals: int) -> str:
+    mean, low, high = (f"{value:.{decimals}f}" for value in (result.mean, *result.interval))
+    return f"{mean} [{low}, {high}]"

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from components.columns import load_transitions
 from components.evaluation import estimators as cpe
 from components.evaluation.acted import logged_features, plan, propensities, taken_probability
 from components.evaluation.fitted_q import FittedPairs, FittedQ
 from components.training.bundle import Bundle, read_bundle
-from components.transitions import Lists, Transitions, load_transitions
+from components.transitions import Lists, Transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from components.columns import load_transitions
 from components.export.onnx_policy import check_onnx, export_onnx, served
 from components.export.repository import DESCRIPTION, MODEL, check_alike, read_policies, version_of, write_config
 from components.training.actions import Actions
 from components.training.bundle import read_bundle
-from components.transitions import load_transitions
 from contracts.job import JobSpec, PolicyHead
 from contracts.progress import report
 from contracts.stage import read_record, stage

@@ -17,14 +17,16 @@ class Shuffled:
         self.first, self.end = (batch_size * r // workers for r in (rank, rank + 1))
         self._passes: dict[int, np.ndarray] = {}
 
-    def at(self, step: int) -> np.ndarray:
-        """Rows of step 0, 1, ...: int64 [about batch_size / workers]."""
-        start = step * self.batch_size
-        here, stop, n = start + self.first, start + self.end, len(self.rows)
-        parts = [
-            self._pass(p)[max(here - p * n, 0) : stop - p * n] for p in range(here // n, max(stop - 1, here) // n + 1)
-        ]
-        return np.concatenate(parts)
+    @property
+    def share(self) -> int:
+        """Rows of a batch that are this worker's."""
+        return self.end - self.first
+
+    def at(self, step: int, steps: int = 1) -> np.ndarray:
+        """Rows of so many steps, of which the first is step 0, 1, ...: int64 [steps, share]."""
+        start, stop, n = step * self.batch_size, (step + steps) * self.batch_size, len(self.rows)
+        parts = [self._pass(p)[max(start - p * n, 0) : stop - p * n] for p in range(start // n, (stop - 1) // n + 1)]
+        return np.concatenate(parts).reshape(steps, self.batch_size)[:, self.first : self.end]
 
     def _pass(self, number: int) -> np.ndarray:
         if number not in self._passes:

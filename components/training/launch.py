@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -17,12 +18,14 @@ from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppState, Resource, VolumeMount
 
+from components.columns import write_columns
 from components.training.bundle import DESCRIPTION
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
 from contracts.stage import StageError, read_record, stage
 
 ROLE = "worker"
+COLUMNS = "columns"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
 ELASTIC = {"PET_MAX_RESTARTS": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """An agent that outlives another pod starts its worker again in place. Not with the store that agents share, though: of
@@ -45,15 +48,18 @@ def train(
     bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
     trains more than once names each `part` in a few letters.
     """
-    read_record(features), read_record(normalization)
+    read_record(normalization)
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
     nodes = f"1x{workers.max}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x1"
     seen = at_volume_root if scheduler == "kubernetes" else str
     with stage("training", output) as (directory, facts):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
+        # Laid out once, for all workers to map.
+        columns = directory / COLUMNS
+        write_columns(features, spec, columns)
         app = torchrun(
-            "--job", seen(directory / "job.json"), "--features", seen(Path(features).absolute()),
+            "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
@@ -74,6 +80,7 @@ def train(
             where = f"look at the pods of {cfg.get('job_name', app.name)}"
         with get_runner() as runner:
             _follow(runner, runner.run(app, scheduler=scheduler, cfg=cfg), where)
+        shutil.rmtree(columns)
         bundle = json.loads((directory / "policy" / DESCRIPTION).read_text())
         facts |= {
             "digest": bundle["digest"],

@@ -86,7 +86,8 @@ class QNetwork(nn.Module):
         widths = [inputs, *hidden_layers]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU()]
+            # In place: memory is what an activation costs.
+            layers += [linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*layers)
         self.advantage = linear(widths[-1], actions * (outputs or 1))
         self.value = linear(widths[-1], outputs or 1) if dueling else None

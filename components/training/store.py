@@ -1,19 +1,34 @@
-"""Transitions as a learner takes them: tensors of which each state is held once, and batches by their rows."""
+"""Transitions as a learner takes them: each state held once, in memory or on disk, and batches by their rows."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
+from components.normalization.graph import NormalizationGraph
 from components.training.algorithms.actor_critic import ActorCriticNetwork
 from components.training.algorithms.learner import Batch, Listed
+from components.training.batches import Shuffled
 from components.training.network import Normalized, NormalizedPairs
 from components.transitions import Lists, Transitions
 
 CHUNK = 65_536
+AT_ONCE = 1 << 19
+"""Numbers that are gathered at once: few enough to stay in a cache, and many small batches."""
+CGROUP = Path("/sys/fs/cgroup")
+AHEAD = 2
+"""How many times that is read from disk ahead of what is learned from."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +55,14 @@ class Offers:
 class Store:
     """N rows over F features and A actions; the state that follows a row is that of another row."""
 
-    state: Tensor  # float32 [N, F], normalized: once, not in each step that sees it
+    state: Tensor  # float32 [N, F], normalized; or as logged, where a graph normalizes what a batch needs
     action: Tensor  # int64 [N], of described actions the place in the own list; of continuous ones [N, D] in [-1, 1]
     possible: Tensor | Offers | None  # bool [N, A]; None where all actions always are
     reward: Tensor  # float32 [N]
     next_row: Tensor  # int64 [N]
-    terminal: Tensor  # bool [N]
-    discount: Tensor  # float32 [N]
+    discount: Tensor  # float32 [N], 0 where the MDP has ended
     usable: np.ndarray  # int64, the rows that can be learned from: those whose next state is known
+    graph: nn.Module | None = None
 
     def batch(self, rows: Tensor) -> Batch:
         """The transitions at the rows, int64 [B]."""
@@ -55,16 +70,43 @@ class Store:
         action, possible = self._choice(rows)
         next_action, next_possible = self._choice(following)
         return Batch(
-            state=self.state.index_select(0, rows),
+            state=self._state(rows),
             action=action,
             possible=possible,
             reward=self.reward.index_select(0, rows),
-            next_state=self.state.index_select(0, following),
+            next_state=self._state(following),
             next_action=next_action,
             next_possible=next_possible,
-            terminal=self.terminal.index_select(0, rows),
             discount=self.discount.index_select(0, rows),
         )
+
+    def batches(self, shuffled: Shuffled, start: int, stop: int) -> Iterator[Batch]:
+        """Those of the steps from start to stop, several gathered at a time; from disk, ahead of being asked for."""
+        numbers = shuffled.share * (2 * self.state.shape[1] + 8)
+        size = 1 if isinstance(self.possible, Offers) else max(1, AT_ONCE // numbers)
+
+        def gather(step: int) -> list[Batch]:
+            rows = shuffled.at(step, min(size, stop - step))
+            with torch.no_grad():
+                return self.batch(torch.from_numpy(rows.ravel())).split(rows.shape[1])
+
+        if self.graph is None:
+            for step in range(start, stop, size):
+                yield from gather(step)
+            return
+        # One thread: with more than there are cores, those that compute would be slow to wake up.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
+            waiting: deque[Future[list[Batch]]] = deque()
+            for step in range(start, stop, size):
+                waiting.append(reader.submit(gather, step))
+                if len(waiting) > AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
+    def _state(self, rows: Tensor) -> Tensor:
+        state = self.state.index_select(0, rows)
+        return state if self.graph is None else self.graph(state)
 
     def _choice(self, rows: Tensor) -> tuple[Tensor, Tensor | Listed | None]:
         action = self.action.index_select(0, rows)
@@ -85,11 +127,19 @@ def build_store(
     """Transitions over `steps` decisions each, of rewards and discounts [N], normalized as for the policy.
 
     Over fewer where an MDP ends before, or where what followed is not in the log. With `everything`, rows of which
-    nothing more is known are usable too; never those whose action is outside of the policy's bounds.
+    nothing more is known are usable too; never those whose action is outside of the policy's bounds. States that do
+    not fit into memory stay where they are mapped.
     """
+    graph = policy.normalization
+    on_disk = len(data) * graph.outputs * 4 > memory_for_states()
+    if on_disk:
+        print(
+            f"training: the states, {len(data):,} of {graph.outputs} numbers, do not fit into memory: they are read "
+            "as they are needed, and normalized then", file=sys.stderr, flush=True,
+        )  # fmt: skip
     over = over_steps(rewards, discounts, data.next_row, data.terminal, data.truncated, steps)
     with torch.no_grad():
-        state = normalized(policy.normalization, data.state)
+        state = torch.from_numpy(data.state) if on_disk else normalized(graph, data.state)
         possible: Tensor | Offers | None = None
         if isinstance(data.possible, Lists):
             assert isinstance(policy, NormalizedPairs)
@@ -97,19 +147,32 @@ def build_store(
             possible = Offers(described, *map(torch.from_numpy, (data.possible.offsets, data.possible.items)))
         elif data.possible is not None and not data.possible.all():
             possible = torch.from_numpy(data.possible)
-        action, total, next_row, terminal, discount = map(torch.from_numpy, (data.action, *over))
+        action, total, next_row, discount = map(torch.from_numpy, (data.action, *over))
         within = np.ones(len(data), bool)
         if isinstance(policy.network, ActorCriticNetwork):
             action = policy.network.actor.as_unit(action)
             within = (action.abs() <= 1 + 1e-6).all(1).numpy()
     usable = np.flatnonzero((~data.truncated | everything) & within)
-    return Store(state, action, possible, total, next_row, terminal, discount, usable)
+    return Store(state, action, possible, total, next_row, discount, usable, graph if on_disk else None)
 
 
-def normalized(graph: nn.Module, raw: np.ndarray) -> Tensor:
+def memory_for_states() -> float:
+    """Bytes that this worker may fill: half of what is free here, or in this container, shared with others here."""
+    free = float(psutil.virtual_memory().available)
+    # Of a container with a limit: "max" is none, and cached files make room when it is needed.
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(kinds["inactive_file"]))
+    return free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def normalized(graph: NormalizationGraph, raw: np.ndarray) -> Tensor:
     """[N, inputs] -> [N, outputs], in parts: what lies between is larger than either."""
-    parts = [graph(torch.from_numpy(raw[i : i + CHUNK])) for i in range(0, len(raw), CHUNK)]
-    return torch.cat(parts) if parts else torch.zeros((0, 0))
+    found = torch.empty(len(raw), graph.outputs)
+    for i in range(0, len(raw), CHUNK):
+        found[i : i + CHUNK] = graph(torch.from_numpy(raw[i : i + CHUNK]))
+    return found
 
 
 def over_steps(
@@ -119,8 +182,10 @@ def over_steps(
     terminal: np.ndarray,
     truncated: np.ndarray,
     steps: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Reward, next row, terminal and discount [N] of transitions over `steps` decisions (Sutton 1988; n-step returns).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reward, next row and discount [N] of transitions over `steps` decisions (Sutton 1988; n-step returns).
+
+    The discount is 0 where the MDP has ended.
 
     A row that is truncated itself is left as it is.
     """
@@ -133,4 +198,4 @@ def over_steps(
         total += np.where(known, factor * reward[following], 0)
         factor *= np.where(known, discount[following], 1)
         last = np.where(known, following, last)
-    return total, next_row[last], terminal[last], factor
+    return total, next_row[last], np.where(terminal[last], np.float32(0), factor)

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from components.training.algorithms.learner import Batch, Learner
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class Trainer:
@@ -19,18 +22,36 @@ class Trainer:
         """The learner, or what calls it and averages gradients over the workers."""
         # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
         # network is mostly the calls that it makes.
-        weights = list(learner.network.parameters())
-        self.optimizer = torch.optim.Adam(weights, lr=learning_rate, fused=True) if weights else None
+        self._weights: list[Tensor] = list(learner.network.parameters())
+        self.learning_rate = learning_rate
+        self.optimizer = (
+            torch.optim.Adam(self._weights, learning_rate, BETAS, EPSILON, fused=True) if self._weights else None
+        )
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Update the network; returns the loss and the mean score of the logged actions, both scalars."""
-        loss, score = self.call(batch)
+        """Update the network; returns the loss, a scalar, and the scores of the logged actions, [B]."""
+        loss, scores = self.call(batch)
         if self.optimizer:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+            self._descend(loss, self.optimizer)
         self.learner.follow()
-        return loss.detach(), score
+        return loss.detach(), scores
+
+    def _descend(self, loss: Tensor, optimizer: torch.optim.Adam) -> None:
+        for weight in self._weights:
+            weight.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        known = [optimizer.state[weight] for weight in self._weights if weight in optimizer.state]
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        if len(known) < len(self._weights) or len(gradients) < len(self._weights):
+            optimizer.step()
+            return
+        # The same function that `step` calls: of a small network's step, what it does around takes a twentieth.
+        first, second, steps = ([state[name] for state in known] for name in ("exp_avg", "exp_avg_sq", "step"))
+        with torch.no_grad():
+            adam(
+                self._weights, gradients, first, second, [], steps, fused=True, amsgrad=False, maximize=False,
+                weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], lr=self.learning_rate, eps=EPSILON,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """Weights, those that follow them, the optimizer's state and the random numbers', by name."""

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
+from components.columns import open_columns
 from components.normalization.spec import SPECS, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.actor_critic import TD3Learner
@@ -28,7 +29,7 @@ from components.training.figures import Figures, forget_after
 from components.training.store import build_store
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
-from components.transitions import Lists, Transitions, load_transitions
+from components.transitions import Lists, Transitions
 from contracts.job import (
     C51,
     CQL,
@@ -40,7 +41,7 @@ from contracts.job import (
     LogisticBandit,
     QLearning,
 )
-from contracts.stage import StageError, code_version, digest_files
+from contracts.stage import StageError, code_version
 from contracts.transitions import ACTION_PREFIX
 
 LOG_EVERY = 50
@@ -155,7 +156,7 @@ def whole_batch_gradients(share: float, bucket: GradBucket) -> torch.futures.Fut
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", required=True, help="JSON of the job's sections")
-    parser.add_argument("--features", required=True)
+    parser.add_argument("--columns", required=True, help="directory of the training data, laid out")
     parser.add_argument("--normalization", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--warm-start", default="", help="directory of the policy bundle to begin with")
@@ -164,7 +165,7 @@ def main() -> None:
     try:
         run_worker(
             JobSpec.model_validate_json(Path(arguments.job).read_text()),
-            Path(arguments.features),
+            Path(arguments.columns),
             Path(arguments.normalization),
             Path(arguments.output),
             arguments.warm_start,
@@ -173,7 +174,7 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: Path, warm_start: str = "") -> None:
+def run_worker(spec: JobSpec, columns: Path, normalization_dir: Path, output: Path, warm_start: str = "") -> None:
     """Train `spec.training.epochs` epochs and write `epochs/NN`, `policy`, `losses.jsonl` and `tensorboard`.
 
     Workers that are started again, as many or not, go on after the last epoch that was finished.
@@ -183,7 +184,7 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(spec.seed)
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
-    data, _ = load_transitions(features, spec).split(spec)
+    data, digest = open_columns(columns)
     algorithm = spec.algorithm
     rewards = rewards_to_learn_from(data, spec)
     check_fits(data, spec, rewards)
@@ -225,13 +226,13 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
     steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
     if trainer.optimizer:
-        distributed.register_comm_hook(len(shuffled.at(0)) / spec.training.batch_size, whole_batch_gradients)
+        distributed.register_comm_hook(shuffled.share / spec.training.batch_size, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(probe_rows(usable, data))
     provenance = {
         "seed": spec.seed,
         "code_version": code_version(),
-        "data_digest": digest_files(features / "training"),
+        "data_digest": digest,
         "transitions": len(usable),
         "mdps": int(np.unique(data.mdp).size),
         "workers": workers,
@@ -241,17 +242,18 @@ def run_worker(spec: JobSpec, features: Path, normalization_dir: Path, output: P
         "warm_start": started_from,
     }
     advice = "or choose iql or td3Bc" if actions.bounds else "keep double, or choose cql or bcq"
-    figures = Figures(output, learner, store.batch(probe), monte_carlo[probe], actions) if rank == 0 else None
+    with torch.no_grad():
+        probed = store.batch(probe)
+    figures = Figures(output, learner, probed, monte_carlo[probe], actions) if rank == 0 else None
     recent: list[torch.Tensor] = []
-    for step in range(finished * per_epoch + 1, steps + 1):
-        batch = store.batch(torch.from_numpy(shuffled.at(step - 1)))
-        loss, q_mean = trainer.step(batch)
+    for step, batch in enumerate(store.batches(shuffled, finished * per_epoch, steps), finished * per_epoch + 1):
+        loss, scores = trainer.step(batch)
         recent.append(loss)
         if step % LOG_EVERY and step % per_epoch:
             continue
         epoch, ends_epoch = (step - 1) // per_epoch + 1, step % per_epoch == 0
         if figures:
-            means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": q_mean}
+            means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
             seen = {name: mean.item() for name, mean in means.items()}
             check_converges(seen["q_mean"], seen["td_loss"], most, step, advice)
             figures.write(step, steps, epoch, ends_epoch, seen)

@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from components.columns import load_transitions
 from components.normalization.spec import NormalizationSpec
-from components.transitions import Transitions, load_transitions
+from components.transitions import Transitions
 from components.understanding.dynamics import (
     Expectation,
     Outcomes,

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from components.columns import load_transitions, write_columns
 from components.evaluation.acted import Plan, taken_probability
 from components.evaluation.evaluate import evaluate
 from components.export.policy import export_policy
@@ -24,7 +25,7 @@ from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.store import build_store
 from components.training.worker import check_fits, find_actions
-from components.transitions import Lists, Transitions, load_transitions
+from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
 from contracts.job import JobSpec
 from contracts.stage import StageError, read_record, stage
@@ -97,8 +98,9 @@ def run(root: Path, job: dict[str, Any]) -> JobSpec:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         command = [
             sys.executable, "-m", "components.training.worker", "--job", directory / "job.json",
-            "--features", root / "features", "--normalization", root / "normalization", "--output", directory,
+            "--columns", root / "columns", "--normalization", root / "normalization", "--output", directory,
         ]  # fmt: skip
+        write_columns(root / "features", spec, root / "columns")
         alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=os.environ | address | alone, check=True)
     evaluate(spec, root / "features", root / "training", root / "evaluation")

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.transitions import Transitions, load_transitions
+from components.columns import load_transitions
+from components.transitions import Transitions
 from contracts.hashing import unit_interval
 from contracts.job import JobSpec, Reward
 from contracts.stage import StageError, stage

@@ -34,24 +34,23 @@ def test_a_transition_leads_to_the_next_row_and_no_further_than_its_episode(fill
     assert (state % 4 != 3).all()
     assert state.max() == filled - 2
     assert state.min() == max(0, filled - 20)
-    assert (batch.terminal.numpy() == (state % 8 == 2)).all()
     np.testing.assert_allclose(batch.reward, 10 * state)
-    np.testing.assert_allclose(batch.discount, 0.9)
+    np.testing.assert_allclose(batch.discount, np.where(state % 8 == 2, 0, 0.9))
     assert (batch.action.numpy() == state % 2).all()
 
 
 def test_over_several_decisions_rewards_are_summed_until_the_episode_ends() -> None:
     batch = remembered(40, 40).sample(600, 3, 0.5, np.random.default_rng(0))
-    for state, reward, following, ended, discount in zip(
-        batch.state[:, 0].tolist(), batch.reward.tolist(), batch.next_state[:, 0].tolist(), batch.terminal.tolist(),
-        batch.discount.tolist(), strict=True,
+    for state, reward, following, discount in zip(
+        batch.state[:, 0].tolist(), batch.reward.tolist(), batch.next_state[:, 0].tolist(), batch.discount.tolist(),
+        strict=True,
     ):  # fmt: skip
         left = int(3 - state % 4)  # decisions to the episode's end, this one included
         taken = min(3, left)
         assert reward == pytest.approx(sum(0.5**k * 10 * (state + k) for k in range(taken)))
         assert following == state + taken
-        assert discount == pytest.approx(0.5**taken)
-        assert ended == (taken == left and (state + taken - 1) % 8 == 2)
+        ended = taken == left and (state + taken - 1) % 8 == 2
+        assert discount == (0 if ended else pytest.approx(0.5**taken))
 
 
 def test_no_state_within_bounds_is_beyond_the_clamp() -> None:

@@ -102,11 +102,10 @@ class DDPGLearner(Learner):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            following = torch.where(batch.terminal, 0.0, self.next_value(batch))
-            wanted = batch.reward + batch.discount * following
+            wanted = batch.reward + batch.discount * self.next_value(batch)
         values = self.network.critics(batch.state, batch.action)
         loss = functional.mse_loss(values, wanted.expand_as(values), reduction="none").mean(1).sum()
-        return loss + self.actor_loss(batch), values[0].detach().mean()
+        return loss + self.actor_loss(batch), values[0].detach()
 
     def next_value(self, batch: Batch) -> Tensor:
         """[B]: of the next state, under the policy."""

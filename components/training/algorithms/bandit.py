@@ -134,7 +134,7 @@ class LinearBandit(Learner):
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(size)
             self.get_buffer("seen").add_(size)
-        return functional.mse_loss(expected, batch.reward), expected.mean()
+        return functional.mse_loss(expected, batch.reward), expected
 
     def settle(self) -> None:
         seen = int(self.get_buffer("seen"))
@@ -151,7 +151,7 @@ class LogisticBandit(Learner):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logit = taken(self.network(batch.state), batch.action, None)
         loss = functional.binary_cross_entropy_with_logits(logit, batch.reward)
-        return loss, torch.sigmoid(logit.detach()).mean()
+        return loss, torch.sigmoid(logit.detach())
 
     def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         logged, own, action = super().examine(batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +39,22 @@ class Batch:
     action: Tensor  # int64 [B]; of continuous actions float32 [B, D] in [-1, 1]
     possible: Possible
     reward: Tensor  # float32 [B], the discounted sum over the decisions
-    next_state: Tensor  # float32 [B, F]; any finite value where terminal
+    next_state: Tensor  # float32 [B, F]; any finite value where nothing follows
     next_action: Tensor  # like action, the logged one
     next_possible: Possible
-    terminal: Tensor  # bool [B]
-    discount: Tensor  # float32 [B], what a value at the next state counts for
+    discount: Tensor  # float32 [B], what a value at the next state counts for: 0 where the MDP has ended
+
+    def split(self, size: int) -> list[Batch]:
+        """The same in parts of so many transitions; of described actions, whose lists are of any length, the one."""
+        if len(self.reward) == size:
+            return [self]
+        columns = (getattr(self, field.name) for field in fields(self))
+        parts = (itertools.repeat(None) if column is None else column.split(size) for column in columns)
+        return [Batch(*each) for each in zip(*parts, strict=False)]
 
 
 class Learner(nn.Module):
-    """What a step of an optimizer lowers: a call with a batch returns the loss and the mean score of logged actions.
+    """What a step of an optimizer lowers: a call with a batch returns the loss and the scores of logged actions, [B].
 
     `network` maps normalized features to a score for each action, on which the served policy acts.
     """

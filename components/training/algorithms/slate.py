@@ -36,11 +36,10 @@ class SlateBatch:
     slate: Tensor  # int64 [B, k], places among the items
     chosen: Tensor  # int64 [B], place in the slate; k where nothing was chosen
     reward: Tensor  # float32 [B]
-    next_state: Tensor  # float32 [B, F]; any finite value where terminal
+    next_state: Tensor  # float32 [B, F]; any finite value where nothing follows
     next_items: Tensor  # float32 [B, N, G]
     next_slate: Tensor  # int64 [B, k], the logged one
-    terminal: Tensor  # bool [B]
-    discount: Tensor  # float32 [B]
+    discount: Tensor  # float32 [B], 0 where the MDP has ended
 
 
 class SlateNetwork(nn.Module):
@@ -117,13 +116,12 @@ class SlateQLearner(nn.Module):
             following = batch.next_slate
             if self.config.next_slate == "best":
                 following = best_slate(value, appeal, batch.slate.shape[1])
-            ahead = torch.where(batch.terminal, 0.0, worth(value, appeal, following))
-            wanted = batch.reward + batch.discount * ahead
+            wanted = batch.reward + batch.discount * worth(value, appeal, following)
         value, appeal = (on_slate(each, batch.slate) for each in self.network.judge(batch.state, batch.items))
         q = value.gather(1, batch.chosen.unsqueeze(1)).squeeze(1)
         # Squared, not Huber's: of skewed rewards, such as the time that people stay, the mean is wanted.
         loss = functional.mse_loss(q, wanted) + functional.cross_entropy(appeal, batch.chosen)
-        return loss, q.detach().mean()
+        return loss, q.detach()
 
     def follow(self) -> None:
         with torch.no_grad():

@@ -28,7 +28,7 @@ class BehaviourCloner(Learner):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         scores = score(self.network, batch.state, batch.possible)
         loss = negative_log_likelihood(scores, batch.action, batch.possible)
-        return loss, taken(scores, batch.action, batch.possible).detach().mean()
+        return loss, taken(scores, batch.action, batch.possible).detach()
 
 
 class DQNLearner(Learner):
@@ -50,9 +50,10 @@ class DQNLearner(Learner):
         with torch.no_grad():
             scores = score(self.target, batch.next_state, batch.next_possible)
             following = taken(scores, self.next_action(batch, scores), batch.next_possible)
-            wanted = batch.reward + batch.discount * torch.where(batch.terminal, 0.0, following)
+            wanted = batch.reward + batch.discount * following
         q, penalty = self.value_and_penalty(batch)
-        return functional.smooth_l1_loss(q, wanted) + penalty, q.detach().mean()
+        loss = functional.smooth_l1_loss(q, wanted)
+        return loss if penalty is None else loss + penalty, q.detach()
 
     def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
         """int64 [B]: the action whose value at the next state the target adds; `by_target` are the scores of Q'."""
@@ -61,9 +62,9 @@ class DQNLearner(Learner):
         scores = score(self.network, batch.next_state, batch.next_possible) if self.config.double else by_target
         return best(scores, batch.next_possible)
 
-    def value_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
+    def value_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Q(s, a) of the logged actions, [B], and what the loss has beside the temporal difference."""
-        return score_taken(self.network, batch.state, batch.action, batch.possible), 0.0
+        return score_taken(self.network, batch.state, batch.action, batch.possible), None
 
     def follow(self) -> None:
         with torch.no_grad():
@@ -102,12 +103,12 @@ class BCQLearner(DQNLearner):
             # What may be chosen is said by the network that learns; the value is that of the one that follows.
             values = self.target.values(batch.next_state)
             following = taken(values, self.next_action(batch, values), None)
-            wanted = batch.reward + batch.discount * torch.where(batch.terminal, 0.0, following)
+            wanted = batch.reward + batch.discount * following
         q = taken(self.network.values(batch.state), batch.action, None)
         logits = self.network.imitation(batch.state)
         imitation = negative_log_likelihood(logits, batch.action, batch.possible)
         # A logit that grows without bound says nothing more (the paper's own code regularizes it so).
-        return functional.smooth_l1_loss(q, wanted) + imitation + 1e-2 * logits.square().mean(), q.detach().mean()
+        return functional.smooth_l1_loss(q, wanted) + imitation + 1e-2 * logits.square().mean(), q.detach()
 
     def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
         if self.config.next_action == "logged":
@@ -138,14 +139,13 @@ class C51Learner(DQNLearner):
             logits = score(self.target.logits, batch.next_state, batch.next_possible)
             action = self.next_action(batch, self.target.expected(logits))
             mass = torch.softmax(taken(logits, action, batch.next_possible), 1)
-            ahead = torch.where(batch.terminal, 0.0, batch.discount).unsqueeze(1) * atoms
-            fallen = (batch.reward.unsqueeze(1) + ahead).clamp(atoms[0], atoms[-1])
+            fallen = (batch.reward.unsqueeze(1) + batch.discount.unsqueeze(1) * atoms).clamp(atoms[0], atoms[-1])
             place = (fallen - atoms[0]) / width
             # How much of each share falls to each atom: all where it falls upon it, nothing a width away.
             near = (1 - (place.unsqueeze(2) - torch.arange(len(atoms), device=atoms.device)).abs()).clamp(min=0)
             wanted = (mass.unsqueeze(2) * near).sum(1)
         predicted = score_taken(self.network.logits, batch.state, batch.action, batch.possible)
-        return functional.cross_entropy(predicted, wanted), self.network.expected(predicted).detach().mean()
+        return functional.cross_entropy(predicted, wanted), self.network.expected(predicted).detach()
 
 
 class QRDQNLearner(DQNLearner):
@@ -158,8 +158,7 @@ class QRDQNLearner(DQNLearner):
         with torch.no_grad():
             quantiles = score(self.target.quantiles, batch.next_state, batch.next_possible)
             ahead = taken(quantiles, self.next_action(batch, quantiles.mean(-1)), batch.next_possible)
-            ahead = batch.discount.unsqueeze(1) * torch.where(batch.terminal.unsqueeze(1), 0.0, ahead)
-            wanted = batch.reward.unsqueeze(1) + ahead
+            wanted = batch.reward.unsqueeze(1) + batch.discount.unsqueeze(1) * ahead
         predicted = score_taken(self.network.quantiles, batch.state, batch.action, batch.possible)
         n = predicted.shape[1]
         level = (torch.arange(n, device=predicted.device) + 0.5) / n
@@ -167,4 +166,4 @@ class QRDQNLearner(DQNLearner):
         size = difference.abs()
         huber = torch.where(size > 1, size - 0.5, 0.5 * size.square())
         weight = (level.unsqueeze(1) - (difference.detach() < 0).float()).abs()
-        return (weight * huber).mean(2).sum(1).mean(), predicted.detach().mean()
+        return (weight * huber).mean(2).sum(1).mean(), predicted.detach().mean(1)

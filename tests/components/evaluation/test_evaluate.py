@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from components.columns import load_transitions
 from components.evaluation.evaluate import _whole_mdps, evaluate, judge, propensities
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import read_bundle, write_bundle
-from components.transitions import Transitions, load_transitions
+from components.transitions import Transitions
 from contracts.hashing import unit_interval
 from contracts.job import DQN, ESTIMATORS, Algorithm, Gate, JobSpec, PolicyHead
 from contracts.stage import StageError, read_record, stage

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.columns import load_transitions
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
-from components.transitions import held_out, load_transitions
+from components.transitions import held_out
 from contracts.job import JobSpec
 from contracts.stage import StageError, read_record, stage
 

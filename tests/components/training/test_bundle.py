@@ -148,7 +148,6 @@ def test_the_optimizers_state_is_kept_by_parameter(tmp_path: Path) -> None:
             state,
             torch.zeros(4, dtype=torch.int64),
             torch.ones((4, 3), dtype=torch.bool),
-            torch.zeros(4, dtype=torch.bool),
             torch.full((4,), 0.9),
         )
     )

@@ -25,7 +25,7 @@ def learn(made: Trainer, steps: int) -> None:
         state, following = (torch.randn(16, 3, generator=generator) for _ in range(2))
         action = torch.randint(2, (16,), generator=generator)
         ones = torch.ones(16)
-        made.step(Batch(state, action, None, ones, following, action, None, ones < 0, 0.9 * ones))
+        made.step(Batch(state, action, None, ones, following, action, None, 0.9 * ones))
 
 
 def same(one: Trainer, other: Trainer) -> bool:

@@ -1,11 +1,17 @@
-"""Transitions over several decisions, by hand."""
+"""Transitions over several decisions, by hand, and batches from memory and from disk."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from components.normalization.graph import NormalizationGraph
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training import store as stores
+from components.training.batches import Shuffled
 from components.training.network import Normalized
-from components.training.store import Store, build_store, over_steps
+from components.training.store import Store, build_store, memory_for_states, over_steps
 from components.transitions import Transitions
 
 # Two MDPs: one of four decisions that ends, one of three that breaks off.
@@ -16,41 +22,51 @@ TRUNCATED = np.array([0, 0, 0, 0, 0, 0, 1], bool)
 HALF = np.full(7, 0.5, np.float32)
 
 
-NOTHING_DONE = Normalized(torch.nn.Identity(), torch.nn.Identity())  # type: ignore[arg-type]
+X = FeatureNormalization(name="x", type="continuous", mean=1.0, stddev=2.0, how="by hand", evidence={})
+NORMALIZED = Normalized(NormalizationGraph(NormalizationSpec(inputs=["x"], features=[X])), torch.nn.Identity())
+
+
+def transitions(n: int, truncated: list[int], state: np.ndarray | None = None) -> Transitions:
+    """One MDP of n decisions between the actions a and b."""
+    return Transitions(
+        ["x"], ["a", "b"], ["reward"], state=np.ones((n, 1), np.float32) if state is None else state,
+        action=np.arange(n) % 2, propensity=np.ones(n), possible=np.ones((n, 2), bool),
+        metrics=np.ones((n, 1), np.float32), returns=np.ones((n, 1), np.float32), time_diff=np.ones(n),
+        terminal=np.zeros(n, bool), truncated=np.isin(np.arange(n), truncated), ordinal=np.arange(1, n + 1),
+        mdp=np.zeros(n, int), mdp_ids=["m"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("steps", "reward", "following", "terminal", "discount"),
+    ("steps", "reward", "following", "discount"),
     [
-        (1, REWARD, NEXT, TERMINAL, HALF),
+        (1, REWARD, NEXT, [0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5]),
         # The last row is no transition; nothing is known of what came after it, so that the value at it stands in.
         (
             2,
             [2, 4, 8, 8, 2, 2, 4],
             [2, 3, 3, 3, 6, 6, 6],
-            [0, 0, 1, 1, 0, 0, 0],
-            [0.25, 0.25, 0.25, 0.5, 0.25, 0.5, 0.5],
+            [0.25, 0.25, 0, 0, 0.25, 0.5, 0.5],
         ),
         (
             9,
             [4, 6, 8, 8, 2, 2, 4],
             [3, 3, 3, 3, 6, 6, 6],
-            [1, 1, 1, 1, 0, 0, 0],
-            [0.0625, 0.125, 0.25, 0.5, 0.25, 0.5, 0.5],
+            [0, 0, 0, 0, 0.25, 0.5, 0.5],
         ),
     ],
 )
 def test_rewards_are_summed_to_the_end_or_to_where_the_log_breaks_off(
-    steps: int, reward: list[float], following: list[int], terminal: list[int], discount: list[float]
+    steps: int, reward: list[float], following: list[int], discount: list[float]
 ) -> None:
     found = over_steps(REWARD, HALF, NEXT, TERMINAL, TRUNCATED, steps)
-    for got, wanted in zip(found, (reward, following, terminal, discount), strict=True):
+    for got, wanted in zip(found, (reward, following, discount), strict=True):
         np.testing.assert_allclose(got, wanted)
 
 
 def test_a_batch_has_what_follows_each_row() -> None:
     possible = torch.tensor([[True, True]] * 6 + [[True, False]])
-    parts = [torch.from_numpy(part) for part in (REWARD, NEXT, TERMINAL, HALF)]
+    parts = [torch.from_numpy(part) for part in (REWARD, NEXT, HALF)]
     store = Store(torch.arange(7.0)[:, None], torch.arange(7), possible, *parts, np.flatnonzero(~TRUNCATED))
     batch = store.batch(torch.tensor([5, 0]))
     assert batch.state.tolist() == [[5.0], [0.0]]
@@ -62,20 +78,67 @@ def test_a_batch_has_what_follows_each_row() -> None:
 
 def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
     n = 3
-    data = Transitions(
-        ["x"], ["a", "b"], ["reward"], state=np.ones((n, 1), np.float32), action=np.array([0, 1, 0]),
-        propensity=np.ones(n), possible=np.ones((n, 2), bool), metrics=np.ones((n, 1), np.float32),
-        returns=np.ones((n, 1), np.float32), time_diff=np.ones(n), terminal=np.zeros(n, bool),
-        truncated=np.array([False, True, True]), ordinal=np.ones(n, int), mdp=np.arange(n), mdp_ids=["", "", ""],
-    )  # fmt: skip
+    data = transitions(n, truncated=[1, 2])
     ones = np.ones(n, np.float32)
-    usable = [build_store(data, NOTHING_DONE, ones, ones, everything=every).usable for every in (False, True)]
+    usable = [build_store(data, NORMALIZED, ones, ones, everything=every).usable for every in (False, True)]
     assert [rows.tolist() for rows in usable] == [[0], [0, 1, 2]]
-    assert build_store(data, NOTHING_DONE, ones, ones).possible is None
+    assert build_store(data, NORMALIZED, ones, ones).possible is None
 
 
 def test_a_discount_of_its_own_for_each_decision() -> None:
     discount = np.array([0.5, 0.1, 1, 1, 1, 1, 1], np.float32)
-    reward, _, _, factor = over_steps(REWARD, discount, NEXT, TERMINAL, TRUNCATED, 3)
-    assert reward[0] == pytest.approx(1 + 0.5 * 2 + 0.05 * 4)
+    reward, _, factor = over_steps(REWARD, discount, NEXT, TERMINAL, TRUNCATED, 2)
+    assert reward[0] == pytest.approx(1 + 0.5 * 2)
     assert factor[0] == pytest.approx(0.05)
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Transitions:
+    """500 states in a file."""
+    np.save(tmp_path / "state.npy", np.random.default_rng(0).normal(size=(500, 1)).astype(np.float32))
+    return transitions(500, truncated=[499], state=np.load(tmp_path / "state.npy", mmap_mode="c"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 19])
+def test_batches_from_disk_are_those_from_memory(
+    mapped: Transitions, workers: int, at_once: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards, discounts = np.arange(500, dtype=np.float32), np.full(500, 0.5, np.float32)
+    in_memory = build_store(mapped, NORMALIZED, rewards, discounts, steps=2)
+    monkeypatch.setattr(stores, "memory_for_states", lambda: 1999.0)
+    on_disk = build_store(mapped, NORMALIZED, rewards, discounts, steps=2)
+    assert "the states, 500 of 1 numbers, do not fit into memory" in capsys.readouterr().err
+    assert on_disk.state.data_ptr() == mapped.state.ctypes.data
+    monkeypatch.setattr(stores, "AT_ONCE", at_once)
+    shuffled = Shuffled(in_memory.usable, 32, 0, workers - 1, workers)
+    one_by_one = [in_memory.batch(torch.from_numpy(shuffled.at(step)[0])) for step in range(3, 40)]
+    for found in (list(each.batches(shuffled, 3, 40)) for each in (in_memory, on_disk)):
+        assert len(found) == 37
+        for batch, wanted in zip(found, one_by_one, strict=True):
+            for name, value in vars(wanted).items():
+                assert value is None or torch.equal(getattr(batch, name), value), name
+
+
+def test_an_error_behind_the_reading_ahead_is_told(mapped: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "memory_for_states", lambda: 0.0)
+    ones = np.ones(500, np.float32)
+    store = build_store(mapped, NORMALIZED, ones, ones)
+    with pytest.raises(IndexError):
+        list(store.batches(Shuffled(np.array([0, 5_000]), 2, 0), 0, 3))
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("max", None), ("3000000", 1_500_000), ("1000000", 500_000), ("nonsense", None)]
+)
+def test_a_containers_limit_counts_and_its_file_cache_does_not(
+    limit: str, free: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"max": limit, "current": "900000", "stat": "anon 1\ninactive_file 900000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(stores, "CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = memory_for_states()
+    assert alone == free if free else alone > 10_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory_for_states() == pytest.approx(alone / 2, rel=0.05)

@@ -45,7 +45,7 @@ def begun(algorithm: dict[str, Any], normalization: NormalizationSpec, seed: int
 def learn(trainer: Trainer, network: Normalized, rows: torch.Tensor) -> None:
     state, n = network.normalization(rows), len(rows)
     action, ones = torch.arange(n) % 2, torch.ones(n)
-    trainer.step(Batch(state, action, None, ones, state, action, None, ones < 0, 0.9 * ones))
+    trainer.step(Batch(state, action, None, ones, state, action, None, 0.9 * ones))
 
 
 @pytest.fixture(params=[DQN, BCQ], ids=["dqn", "bcq"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.columns import write_columns
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.batches import Shuffled
 from components.training.worker import CHECKPOINTS, check_converges, check_fits, rewards_to_learn_from
@@ -30,7 +31,7 @@ ROWS = np.arange(100, 160)
 
 def permuted_batches(rows: np.ndarray, batch: int, steps: int, seed: int, rank: int, workers: int) -> np.ndarray:
     shuffled = Shuffled(rows, batch, seed, rank, workers)
-    return np.stack([shuffled.at(step) for step in range(steps)])
+    return np.concatenate([shuffled.at(step) for step in range(steps)])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -75,11 +76,18 @@ def test_more_steps_do_not_change_the_first() -> None:
 def test_any_step_can_be_the_first() -> None:
     going_on = Shuffled(ROWS, 16, 5)
     for step in (9, 3, 14):
-        np.testing.assert_array_equal(going_on.at(step), permuted_batches(ROWS, 16, 15, 5, 0, 1)[step])
+        np.testing.assert_array_equal(going_on.at(step)[0], permuted_batches(ROWS, 16, 15, 5, 0, 1)[step])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_several_steps_are_drawn_at_once_as_one_by_one(workers: int) -> None:
+    one_by_one = permuted_batches(ROWS, 16, 15, 5, 0, workers)
+    at_once = Shuffled(ROWS, 16, 5, 0, workers)
+    np.testing.assert_array_equal(np.concatenate([at_once.at(0, 4), at_once.at(4, 11)]), one_by_one)
 
 
 def test_a_batch_may_be_larger_than_a_pass() -> None:
-    seen = Shuffled(ROWS[:10], 25, 5).at(0)
+    seen = Shuffled(ROWS[:10], 25, 5).at(0)[0]
     assert np.bincount(seen - 100, minlength=10).tolist().count(2) == 5
     assert sorted(seen[:10]) == sorted(seen[10:20]) == ROWS[:10].tolist()
 
@@ -130,6 +138,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / "training").mkdir()
         pq.write_table(table, directory / "training" / "part.parquet")
         facts["features"] = ["x"]
+    write_columns(root / "features", SPEC, root / "columns")
     with stage("normalization", root / "normalization") as (directory, _):
         NORMALIZATION.write(directory / "spec.json")
     return root
@@ -147,7 +156,7 @@ def started(
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "components.training.worker", "--job", output / "job.json",
-        "--features", stages / "features", "--normalization", stages / "normalization", "--output", output,
+        "--columns", stages / "columns", "--normalization", stages / "normalization", "--output", output,
     ]  # fmt: skip
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
     return [

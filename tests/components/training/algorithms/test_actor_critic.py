@@ -1,7 +1,6 @@
 """Algorithms for continuous actions: one step by hand, and many against a known best action."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,8 +68,7 @@ def batch(action: float = 0.5, reward: float = 1.0, terminal: bool = False) -> B
         next_state=torch.tensor([[1.0]]),
         next_action=torch.tensor([[0.0]]),
         next_possible=None,
-        terminal=torch.tensor([terminal]),
-        discount=torch.tensor([0.5]),
+        discount=torch.tensor([0.0 if terminal else 0.5]),
     )
 
 
@@ -197,7 +195,7 @@ def learned(algorithm: str, **settings: Any) -> nn.Module:
         x, unit = torch.rand(128, 1, generator=generator) * 2 - 1, torch.rand(128, 1, generator=generator) * 2 - 1
         reward = -(2 * unit - x).square().squeeze(1)
         nothing = torch.zeros(128)
-        trainer.step(Batch(x, unit, None, reward, x, unit, None, torch.ones(128, dtype=torch.bool), nothing))
+        trainer.step(Batch(x, unit, None, reward, x, unit, None, nothing))
     return policy.eval()
 
 
@@ -230,7 +228,7 @@ def test_the_same_seed_gives_the_same_weights_and_precision_is_of_training_alone
         learner.compute_in(precision)
         trainer = Trainer(learner, 1e-3)
         for _ in range(4):
-            trainer.step(replace(batch(), terminal=torch.tensor([False])))
+            trainer.step(batch())
         found.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -32,8 +32,7 @@ def log(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def batch(x: np.ndarray, arm: np.ndarray, reward: np.ndarray) -> Batch:
     state, action, nothing = torch.from_numpy(x), torch.from_numpy(arm), torch.zeros(len(x))
-    ended = torch.ones(len(x), dtype=torch.bool)
-    return Batch(state, action, None, torch.from_numpy(reward), state, action, None, ended, nothing)
+    return Batch(state, action, None, torch.from_numpy(reward), state, action, None, nothing)
 
 
 def learned(algorithm: dict[str, object], passes: int = 1, rows: int = N) -> tuple[nn.Module, Learner]:

@@ -84,8 +84,7 @@ def learned(algorithm: dict[str, Any], steps: int = 1500) -> np.ndarray:
                 next_state=normalized(following),
                 next_action=torch.zeros(64, dtype=torch.int64),
                 next_possible=later,
-                terminal=torch.from_numpy(ends),
-                discount=torch.full((64,), DISCOUNT),
+                discount=torch.from_numpy(np.where(ends, 0, DISCOUNT)).float(),
             )
         )
     place, move = np.repeat(np.arange(PLACES), len(MOVES)), np.tile(MOVES, PLACES)

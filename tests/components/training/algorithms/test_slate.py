@@ -36,7 +36,7 @@ def batch(terminal: bool, chosen: int = 0) -> SlateBatch:
     return SlateBatch(
         state=torch.zeros(1, 1), items=items, slate=torch.tensor([[2, 0]]), chosen=torch.tensor([chosen]),
         reward=torch.tensor([1.0]), next_state=torch.zeros(1, 1), next_items=items, next_slate=torch.tensor([[0, 1]]),
-        terminal=torch.tensor([terminal]), discount=torch.tensor([0.5]),
+        discount=torch.tensor([0.0 if terminal else 0.5]),
     )  # fmt: skip
 
 
@@ -79,8 +79,7 @@ def test_choices_are_learned_as_people_make_them() -> None:
         slate = rng.permuted(np.tile(np.arange(4), (256, 1)), axis=1)[:, :2]
         chosen = (rng.random((256, 1)) > chances(items, slate).cumsum(1)).sum(1)
         columns = [np.zeros((256, 1), np.float32), items, slate, chosen, np.zeros(256, np.float32)]
-        ended = np.ones(256, bool)
-        given = [*columns, columns[0], items, slate, ended, np.zeros(256, np.float32)]
+        given = [*columns, columns[0], items, slate, np.zeros(256, np.float32)]
         trainer.step(SlateBatch(*map(torch.from_numpy, given)))  # type: ignore[arg-type]
     items = rng.normal(size=(200, 4, 1)).astype(np.float32)
     slate = np.tile([0, 1], (200, 1))

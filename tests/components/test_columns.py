@@ -1,0 +1,114 @@
+"""Training data laid out in files, against the same read into memory; both batch by batch, from rows in any order."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components import columns
+from components.columns import load_transitions, open_columns, write_columns
+from components.transitions import Lists, Transitions, held_out
+from contracts.job import JobSpec
+from contracts.stage import StageError, digest_files, stage
+
+MDPS, STEPS = 40, 5
+N = MDPS * STEPS
+MAP = pa.map_(pa.string(), pa.float64())
+SPECS: dict[str, dict[str, Any]] = {
+    "discrete": {"actions": ["left", "right", "stay"]},
+    "continuous": {"actionSpace": "continuous", "algorithm": {"iql": {}}},
+    "parametric": {"actionSpace": "parametric"},
+}
+
+
+@pytest.fixture(params=list(SPECS))
+def spec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+    monkeypatch.setattr(columns, "BATCH_ROWS", 17)
+    return JobSpec.model_validate(SPECS[request.param] | {"data": {"decisionLog": "log", "holdoutFraction": 0.3}})
+
+
+@pytest.fixture
+def features(tmp_path: Path, spec: JobSpec) -> Path:
+    """The features stage, its rows shuffled over three files."""
+    rng = np.random.default_rng(0)
+    described = rng.integers(3, size=(N, 2)).astype(float)
+    maps = pa.array([[("price", p), ("size", s)] for p, s in described.tolist()], MAP)
+    if spec.action_space == "discrete":
+        action: Any = pa.array([spec.actions[i] for i in rng.integers(3, size=N)])
+        listed: Any = pa.array([None if i % 3 == 0 else spec.actions for i in range(N)], pa.list_(pa.string()))
+    else:
+        action, listed = maps, pa.nulls(N, pa.list_(MAP))
+    if spec.action_space == "parametric":
+        lists = [
+            [own.as_py(), *(maps[int(i)].as_py() for i in rng.integers(N, size=i % 4))] for i, own in enumerate(maps)
+        ]
+        listed = pa.array([None if i % 5 == 0 else each for i, each in enumerate(lists)], pa.list_(MAP))
+    table = pa.table(
+        {
+            "mdp_id": [f"mdp-{row // STEPS}" for row in range(N)],
+            "ordinal": [row % STEPS + 1 for row in range(N)],
+            "action": action, "possible_actions": listed, "action_probability": rng.uniform(size=N),
+            "metrics": pa.array([[("reward", x), ("clicks", 1.0)] for x in rng.normal(size=N).tolist()], MAP),
+            "returns": pa.array([[("reward", x), ("clicks", 2.0)] for x in rng.normal(size=N).tolist()], MAP),
+            "time_diff": rng.uniform(size=N), "terminal": rng.random(N) < 0.2, "truncated": rng.random(N) < 0.1,
+            "state_x": pa.array([None if i % 7 == 0 else float(i) for i in range(N)]), "state_y": rng.normal(size=N),
+            "action_feature_price": described[:, 0], "action_feature_size": described[:, 1],
+        }
+    ).take(rng.permutation(N))  # fmt: skip
+    with stage("features", tmp_path / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        for i, (start, stop) in enumerate([(0, 90), (90, 91), (91, N)]):
+            pq.write_table(table.slice(start, stop - start), directory / "training" / f"part-{i}.parquet")
+        facts |= {"features": ["x", "y"], "action_features": ["price", "size"]}
+    return tmp_path / "features"
+
+
+def arrays(data: Transitions) -> dict[str, np.ndarray]:
+    """All of its arrays by name, those of lists with the items as they are described."""
+    found = {f.name: getattr(data, f.name) for f in fields(Transitions)}
+    if isinstance(lists := found["possible"], Lists):
+        found |= {"offsets": lists.offsets, "logged": lists.logged, "items": lists.described[lists.items]}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+
+
+def test_what_is_mapped_is_what_would_be_read(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+    write_columns(features, spec, tmp_path / "columns")
+    mapped, digest = open_columns(tmp_path / "columns")
+    wanted, _ = load_transitions(features, spec).split(spec)
+    assert digest == digest_files(features / "training")
+    assert (mapped.features, mapped.actions, mapped.metric_names) == (
+        wanted.features,
+        wanted.actions,
+        ["clicks", "reward"],
+    )
+    assert arrays(mapped).keys() == arrays(wanted).keys()
+    for name, array in arrays(wanted).items():
+        np.testing.assert_array_equal(arrays(mapped)[name], array, err_msg=name)
+        assert arrays(mapped)[name].dtype == array.dtype
+    assert isinstance(mapped.state, np.memmap)
+
+
+def test_no_mdp_that_is_held_out_is_laid_out(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+    write_columns(features, spec, tmp_path / "columns")
+    mapped, _ = open_columns(tmp_path / "columns")
+    out = held_out(mapped.mdp_ids, spec)
+    assert 0 < len(mapped) < N
+    assert not out[mapped.mdp].any()
+    assert sorted(mapped.mdp_ids) == mapped.mdp_ids
+
+
+def test_what_a_worker_writes_into_an_array_stays_with_it(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+    write_columns(features, spec, tmp_path / "columns")
+    mapped, _ = open_columns(tmp_path / "columns")
+    mapped.state[:] = 7.0
+    assert not (open_columns(tmp_path / "columns")[0].state == 7.0).any()
+
+
+def test_a_log_with_nothing_to_hold_out_is_refused(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+    none = spec.model_copy(update={"data": spec.data.model_copy(update={"holdout_fraction": 1e-9})})
+    with pytest.raises(StageError, match="of 40 MDPs 0 are held out"):
+        write_columns(features, none, tmp_path / "columns")
