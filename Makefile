@@ -86,8 +86,8 @@ $(OTHER_KFP)/.installed:
 	@touch $@
 
 # What the timeline and training are compared with; torch comes first, as above.
-$(OTHER_ENGINES)/.installed:
-	$(PYTHON) -m venv $(OTHER_ENGINES)
+$(OTHER_ENGINES)/.installed: Makefile
+	test -x $(OTHER_ENGINES)/bin/python || $(PYTHON) -m venv $(OTHER_ENGINES)
 	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(OTHER_ENGINES)/bin/pip install --quiet --disable-pip-version-check duckdb==2.0.1 polars==2.1.0 \
 	  torch==2.13.0 d3rlpy==2.8.1 tianshou==2.0.1 torchrl==0.14.1

@@ -159,9 +159,7 @@ def work(features: int) -> int:
 def other(library: str, python: str, directory: Path, batch: int) -> Iterator[Callable[[], float]]:
     """A process that measures another library whenever it is asked, and waits meanwhile."""
     command = [python, "benchmarks/training_others.py", library, str(directory), "--batch", str(batch)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         words, lines = process.stdin, process.stdout
         assert words is not None
         assert lines is not None
@@ -171,7 +169,8 @@ def other(library: str, python: str, directory: Path, batch: int) -> Iterator[Ca
             words.flush()
             return next(float(line.split()[1]) for line in lines if line.startswith("rate "))
 
-        next(line for line in lines if line.startswith("ready"))
+        if not any(line.startswith("ready") for line in lines):
+            raise SystemExit(f"{library} ended before it began: see above")
         yield ask
         words.close()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from components.transitions import Lists, Transitions, check_held_out
 from contracts.job import JobSpec
@@ -20,7 +20,7 @@ from contracts.stage import StageError, digest_files, read_record
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
 BATCH_ROWS = 65_536
-DESCRIPTION, MDP_IDS = "columns.json", "mdp_ids.parquet"
+DESCRIPTION, LISTS = "columns.json", ("described", "offsets", "items", "logged")
 Make = Callable[[str, type, tuple[int, ...]], np.ndarray]
 """(name, type, shape) -> room for an array."""
 
@@ -31,39 +31,49 @@ def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
 
 
 def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
-    """Lay out the rows of the MDPs that are not held out, a file for each column, in as little memory as their keys.
+    """Lay out the rows of the MDPs that are not held out, a file for each column.
 
-    Raises `StageError` where there are none, or none is held out.
+    In memory are about a hundred bytes a row meanwhile, and all lists of described actions. Raises `StageError` where
+    there are no rows, none is held out, or there is no room for the files.
     """
     directory.mkdir(parents=True)
+    made: list[np.memmap] = []
 
     def in_file(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        made: np.ndarray = np.lib.format.open_memmap(directory / f"{name}.npy", "w+", dtype, shape)
-        return made
+        path = directory / f"{name}.npy"
+        made.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
+        # Space that is missing would end the process when a page is written.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return made[-1]
 
-    found = _read(Path(features), spec, in_file, held_out_too=False)
-    pq.write_table(pa.table({"mdp_id": pa.array(found.mdp_ids, pa.string())}), directory / MDP_IDS)
-    description = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
-    if isinstance(lists := found.possible, Lists):
-        description["lists"] = lists.names
-        for part in fields(Lists)[1:]:
-            np.save(directory / f"{part.name}.npy", getattr(lists, part.name))
-    description["digest"] = digest_files(Path(features) / "training")
-    (directory / DESCRIPTION).write_text(json.dumps(description))
+    try:
+        found = _read(Path(features), spec, in_file, held_out_too=False)
+        for array in made:
+            array.flush()
+        description: dict[str, Any] = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
+        if isinstance(lists := found.possible, Lists):
+            description["lists"] = lists.names
+            for name in LISTS:
+                np.save(directory / f"{name}.npy", getattr(lists, name))
+        description["digest"] = digest_files(Path(features) / "training")
+        (directory / DESCRIPTION).write_text(json.dumps(description))
+    except OSError as error:
+        raise StageError(f"training: no room to lay out the data in {directory}: {error.strerror}") from None
 
 
 def open_columns(directory: Path) -> tuple[Transitions, str]:
     """What `write_columns` has laid out, mapped, and the digest of the training data that it is from.
 
-    What is not asked for is not read; what is written into the arrays stays with the process.
+    MDPs have numbers and no ids. What is not asked for is not read; what is written into the arrays stays with the
+    process.
     """
     description = json.loads((directory / DESCRIPTION).read_text())
     digest, names = description.pop("digest"), description.pop("lists", None)
     arrays = {file.stem: np.load(file, mmap_mode="c") for file in directory.glob("*.npy")}
     if names is not None:
-        arrays["possible"] = Lists(names, *(arrays.pop(part.name) for part in fields(Lists)[1:]))
-    ids = pq.read_table(directory / MDP_IDS)["mdp_id"].to_pylist()
-    return Transitions(**description, **{"possible": None, **arrays}, mdp_ids=ids), digest
+        arrays["possible"] = Lists(names, *(arrays.pop(name) for name in LISTS))
+    return Transitions(**description, **{"possible": None, **arrays}, mdp_ids=[]), digest
 
 
 def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) -> Transitions:

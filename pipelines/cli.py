@@ -308,7 +308,7 @@ def simulate(run: Run, episodes: int | None, clients: int) -> None:
     "--study",
     "names",
     multiple=True,
-    help="offline, online, gridworld, numbers, slates or bandits; may be given again.",
+    help="offline, online, gridworld, pendulum, slates or bandits; may be given again.",
 )
 @click.option("--only", multiple=True, help="Only this column or row of the tables; may be given again.")
 @click.option("--seeds", type=click.IntRange(min=2), default=10, show_default=True, help="Seeds of each cell.")

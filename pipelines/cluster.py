@@ -44,7 +44,7 @@ FIXED = {
 BURST = "2"
 """Cores that a stage of fixed resources may use where the node has them to spare."""
 LAUNCHER = Resources(cpu="250m", memory="1Gi")
-"""Of the pod that starts several workers; one with a sweep evaluates, too."""
+"""At least, of the pod that lays out the data for several workers and starts them; with a sweep it evaluates, too."""
 HEAP = 0.6  # of the pod's memory is Spark's; Python and what else the JVM needs live in the rest
 QUEUE_PREFIXES = ("kueue.x-k8s.io/", "volcano.sh/")
 DATA_VERSION, SCHEDULED_AT = "bluewhale.io/data-version", "bluewhale.io/scheduled-at"
@@ -189,8 +189,11 @@ def _resources(spec: JobSpec, stage: str) -> Resources:
     if stage in SPARK_STAGES:
         return spec.spark.driver
     if stage == "training":
+        asked = spec.training.resources
+        if spec.training.workers.max == 1:
+            return asked
         launcher = FIXED["evaluation"] if spec.sweep else LAUNCHER
-        return spec.training.resources if spec.training.workers.max == 1 else launcher
+        return launcher.model_copy(update={"memory": max(asked.memory, launcher.memory, key=parse_quantity)})
     return FIXED[stage]
 
 

@@ -45,6 +45,7 @@ NETWORK: dict[str, Any] = {"hiddenLayers": [256, 256]}
 PLAIN = NETWORK | {"dueling": False}
 FAR = {"steps": 3, "targetUpdateRate": 0.02}
 """Values reach further in as many steps, where nothing makes them run away."""
+REDUCED = ", bfloat16"
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "behaviour cloning": {"behaviourCloning": NETWORK},
     "DQN": {"dqn": PLAIN | {"double": False}},
@@ -57,6 +58,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "BCQ": {"bcq": PLAIN},
     "CQL": {"cql": PLAIN},
     "3-step CQL": {"cql": PLAIN | FAR},
+    "3-step CQL" + REDUCED: {"cql": PLAIN | FAR},
 }
 
 
@@ -90,9 +92,11 @@ def store_of(played: Episodes, normalization: nn.Module, steps: int) -> Store:
     return Store(state, action, None, reward, following, discount, np.flatnonzero(~played.truncated))
 
 
-def learn(algorithm: Algorithm, network: Normalized, store: Store, seed: int) -> None:
+def learn(algorithm: Algorithm, network: Normalized, store: Store, seed: int, precision: str) -> None:
     """Take `STEPS` optimizer steps."""
-    trainer = Trainer(build_learner(algorithm, network), algorithm.learning_rate)
+    learner = build_learner(algorithm, network)
+    learner.compute_in(precision)
+    trainer = Trainer(learner, algorithm.learning_rate)
     shuffled = Shuffled(store.usable, BATCH, seed)
     for batch in store.batches(shuffled, 0, STEPS):
         trainer.step(batch)
@@ -120,5 +124,5 @@ def cartpole(log: str, algorithm: str, seed: int) -> float:
         made, standardized(FEATURES, played.state.mean(0), played.state.std(0)), Actions(list(ACTIONS))
     )
     store = store_of(played, network.normalization, made.config.steps if isinstance(made.config, QLearning) else 1)
-    learn(made, network, store, seed)
+    learn(made, network, store, seed, "bfloat16" if algorithm.endswith(REDUCED) else "float32")
     return float(play(greedy(network), EPISODES, seed + FRESH).returns.mean())

@@ -15,7 +15,7 @@ from scipy import stats
 
 from components.training.algorithms.slate import SlateQ
 from contracts.progress import report
-from simulation import bandits, gridworld, numbers, offline, online, slates
+from simulation import bandits, gridworld, offline, online, pendulum, slates
 from simulation.bandits import BY_CHANCE
 
 ONLINE: dict[str, tuple[str, dict[str, object]]] = {
@@ -117,11 +117,11 @@ STUDIES: dict[str, Study] = {
         gridworld.gridworld,
         decimals=1,
     ),
-    "numbers": Study(
-        f"Mean greedy return on Pendulum-v1 of what is learned from {numbers.ROWS:,} logged decisions",
-        tuple(numbers.LOGS),
-        (offline.LOGGED, *numbers.ALGORITHMS),
-        numbers.pendulum,
+    "pendulum": Study(
+        f"Mean greedy return on Pendulum-v1 of what is learned from {pendulum.ROWS:,} logged decisions",
+        tuple(pendulum.LOGS),
+        (offline.LOGGED, *pendulum.ALGORITHMS),
+        pendulum.pendulum,
     ),
     "slates": Study(
         f"Mean return of an episode, of slates learned from {SLATE_LOG:,} episodes of random ones",

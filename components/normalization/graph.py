@@ -47,6 +47,10 @@ class NormalizationGraph(nn.Module):
         """The feature that each column of the output comes from."""
         return [name for name, _ in self.output_columns]
 
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("presence_columns").device
+
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value)
 

@@ -25,7 +25,6 @@ from contracts.progress import VARIABLE, parse, report
 from contracts.stage import StageError, read_record, stage
 
 ROLE = "worker"
-COLUMNS = "columns"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
 ELASTIC = {"PET_MAX_RESTARTS": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """An agent that outlives another pod starts its worker again in place. Not with the store that agents share, though: of
@@ -48,22 +47,25 @@ def train(
     bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
     trains more than once names each `part` in a few letters.
     """
-    read_record(normalization)
+    read_record(features), read_record(normalization)
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
     nodes = f"1x{workers.max}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x1"
     seen = at_volume_root if scheduler == "kubernetes" else str
-    with stage("training", output) as (directory, facts):
+    with (
+        stage("training", output) as (directory, facts),
+        _sigterm_raises(),
+        _laid_out(features, spec, directory / "columns") as columns,
+    ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
-        # Laid out once, for all workers to map.
-        columns = directory / COLUMNS
-        write_columns(features, spec, columns)
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
-            env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR",
+                 # What cuBLAS needs to give the same numbers again.
+                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
         )  # fmt: skip
         where = f"the workers' logs are in {directory / 'logs'}"
         if scheduler == "local_cwd":
@@ -80,7 +82,6 @@ def train(
             where = f"look at the pods of {cfg.get('job_name', app.name)}"
         with get_runner() as runner:
             _follow(runner, runner.run(app, scheduler=scheduler, cfg=cfg), where)
-        shutil.rmtree(columns)
         bundle = json.loads((directory / "policy" / DESCRIPTION).read_text())
         facts |= {
             "digest": bundle["digest"],
@@ -91,6 +92,16 @@ def train(
             "warm_start": bundle["provenance"]["warm_start"],
             **(known or {}),
         }
+
+
+@contextlib.contextmanager
+def _laid_out(features: str | Path, spec: JobSpec, directory: Path) -> Iterator[Path]:
+    """Lay the data out once, for all workers to map; whatever becomes of them, the files are gone at the end."""
+    try:
+        write_columns(features, spec, directory)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def cluster_config(spec: JobSpec, scheduler: str, part: str = "") -> dict[str, Any]:

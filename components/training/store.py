@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.normalization.graph import NormalizationGraph
 from components.training.algorithms.actor_critic import ActorCriticNetwork
@@ -28,7 +28,7 @@ AT_ONCE = 1 << 19
 """Numbers that are gathered at once: few enough to stay in a cache, and many small batches."""
 CGROUP = Path("/sys/fs/cgroup")
 AHEAD = 2
-"""How many times that is read from disk ahead of what is learned from."""
+"""Gathers from disk that wait to be learned from, beside the one that is."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Store:
     next_row: Tensor  # int64 [N]
     discount: Tensor  # float32 [N], 0 where the MDP has ended
     usable: np.ndarray  # int64, the rows that can be learned from: those whose next state is known
-    graph: nn.Module | None = None
+    graph: NormalizationGraph | None = None
 
     def batch(self, rows: Tensor) -> Batch:
         """The transitions at the rows, int64 [B]."""
+        rows = rows.to(self.reward.device)
         following = self.next_row.index_select(0, rows)
         action, possible = self._choice(rows)
         next_action, next_possible = self._choice(following)
@@ -82,7 +83,9 @@ class Store:
 
     def batches(self, shuffled: Shuffled, start: int, stop: int) -> Iterator[Batch]:
         """Those of the steps from start to stop, several gathered at a time; from disk, ahead of being asked for."""
-        numbers = shuffled.share * (2 * self.state.shape[1] + 8)
+        width = self.state.shape[1] if self.graph is None else self.graph.outputs
+        possible = self.possible.shape[1] // 4 if isinstance(self.possible, Tensor) else 0
+        numbers = shuffled.share * (2 * (width + possible) + 8)
         size = 1 if isinstance(self.possible, Offers) else max(1, AT_ONCE // numbers)
 
         def gather(step: int) -> list[Batch]:
@@ -105,8 +108,10 @@ class Store:
                 yield from waiting.popleft().result()
 
     def _state(self, rows: Tensor) -> Tensor:
-        state = self.state.index_select(0, rows)
-        return state if self.graph is None else self.graph(state)
+        if self.graph is None:
+            return self.state.index_select(0, rows)
+        found: Tensor = self.graph(self.state.index_select(0, rows.to(self.state.device)).to(rows.device))
+        return found
 
     def _choice(self, rows: Tensor) -> tuple[Tensor, Tensor | Listed | None]:
         action = self.action.index_select(0, rows)
@@ -126,12 +131,13 @@ def build_store(
 ) -> Store:
     """Transitions over `steps` decisions each, of rewards and discounts [N], normalized as for the policy.
 
-    Over fewer where an MDP ends before, or where what followed is not in the log. With `everything`, rows of which
-    nothing more is known are usable too; never those whose action is outside of the policy's bounds. States that do
-    not fit into memory stay where they are mapped.
+    They lie where the policy does. Over fewer decisions where an MDP ends before, or where what followed is not in the
+    log. With `everything`, rows of which nothing more is known are usable too; never those whose action is outside of
+    the policy's bounds. States that do not fit into memory stay where they are mapped.
     """
     graph = policy.normalization
-    on_disk = len(data) * graph.outputs * 4 > memory_for_states()
+    device = graph.device
+    on_disk = len(data) * graph.outputs * 4 > memory_for_states(device)
     if on_disk:
         print(
             f"training: the states, {len(data):,} of {graph.outputs} numbers, do not fit into memory: they are read "
@@ -144,23 +150,26 @@ def build_store(
         if isinstance(data.possible, Lists):
             assert isinstance(policy, NormalizedPairs)
             described = normalized(policy.of_actions, data.possible.described)
-            possible = Offers(described, *map(torch.from_numpy, (data.possible.offsets, data.possible.items)))
+            places = (torch.from_numpy(each).to(device) for each in (data.possible.offsets, data.possible.items))
+            possible = Offers(described, *places)
         elif data.possible is not None and not data.possible.all():
-            possible = torch.from_numpy(data.possible)
-        action, total, next_row, discount = map(torch.from_numpy, (data.action, *over))
+            possible = torch.from_numpy(data.possible).to(device)
+        action, total, next_row, discount = (torch.from_numpy(each).to(device) for each in (data.action, *over))
         within = np.ones(len(data), bool)
         if isinstance(policy.network, ActorCriticNetwork):
             action = policy.network.actor.as_unit(action)
-            within = (action.abs() <= 1 + 1e-6).all(1).numpy()
+            within = (action.abs() <= 1 + 1e-6).all(1).cpu().numpy()
     usable = np.flatnonzero((~data.truncated | everything) & within)
     return Store(state, action, possible, total, next_row, discount, usable, graph if on_disk else None)
 
 
-def memory_for_states() -> float:
-    """Bytes that this worker may fill: half of what is free here, or in this container, shared with others here."""
+def memory_for_states(device: torch.device) -> float:
+    """Bytes that this worker may fill: half of what is free, on its GPU, or here and in this container, with others."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
     free = float(psutil.virtual_memory().available)
     # Of a container with a limit: "max" is none, and cached files make room when it is needed.
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(kinds["inactive_file"]))
@@ -169,9 +178,9 @@ def memory_for_states() -> float:
 
 def normalized(graph: NormalizationGraph, raw: np.ndarray) -> Tensor:
     """[N, inputs] -> [N, outputs], in parts: what lies between is larger than either."""
-    found = torch.empty(len(raw), graph.outputs)
+    found = torch.empty(len(raw), graph.outputs, device=graph.device)
     for i in range(0, len(raw), CHUNK):
-        found[i : i + CHUNK] = graph(torch.from_numpy(raw[i : i + CHUNK]))
+        found[i : i + CHUNK] = graph(torch.from_numpy(raw[i : i + CHUNK]).to(graph.device))
     return found
 
 

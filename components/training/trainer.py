@@ -10,8 +10,6 @@ from torch.optim.adam import adam
 
 from components.training.algorithms.learner import Batch, Learner
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-
 
 class Trainer:
     """Lowers a learner's loss by Adam (Kingma and Ba 2015)."""
@@ -23,10 +21,8 @@ class Trainer:
         # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
         # network is mostly the calls that it makes.
         self._weights: list[Tensor] = list(learner.network.parameters())
-        self.learning_rate = learning_rate
-        self.optimizer = (
-            torch.optim.Adam(self._weights, learning_rate, BETAS, EPSILON, fused=True) if self._weights else None
-        )
+        self._on_gpu = any(weight.is_cuda for weight in self._weights)
+        self.optimizer = torch.optim.Adam(self._weights, lr=learning_rate, fused=True) if self._weights else None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Update the network; returns the loss, a scalar, and the scores of the logged actions, [B]."""
@@ -40,17 +36,18 @@ class Trainer:
         for weight in self._weights:
             weight.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        known = [optimizer.state[weight] for weight in self._weights if weight in optimizer.state]
+        known = [state for weight in self._weights if (state := optimizer.state.get(weight))]
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         if len(known) < len(self._weights) or len(gradients) < len(self._weights):
             optimizer.step()
             return
-        # The same function that `step` calls: of a small network's step, what it does around takes a twentieth.
+        # The function that `step` calls, without the hooks around it: they take a twentieth of a small network's step.
+        group = optimizer.param_groups[0]
         first, second, steps = ([state[name] for state in known] for name in ("exp_avg", "exp_avg_sq", "step"))
         with torch.no_grad():
             adam(
                 self._weights, gradients, first, second, [], steps, fused=True, amsgrad=False, maximize=False,
-                weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], lr=self.learning_rate, eps=EPSILON,
+                weight_decay=0.0, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
             )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
@@ -60,6 +57,7 @@ class Trainer:
             **{f"learner.{name}": value.contiguous() for name, value in self.learner.state_dict().items()},
             **{f"optimizer.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
             "random": torch.get_rng_state(),
+            **({"random_cuda": torch.cuda.get_rng_state()} if self._on_gpu else {}),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -78,3 +76,5 @@ class Trainer:
         if self.optimizer:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         torch.set_rng_state(random)
+        if self._on_gpu and "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"])

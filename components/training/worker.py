@@ -46,6 +46,7 @@ from contracts.transitions import ACTION_PREFIX
 
 LOG_EVERY = 50
 CHECKPOINTS = "checkpoints"
+CPU = torch.device("cpu")
 PROBE, PROBE_PAIRS = 4096, 50_000
 RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
@@ -161,7 +162,10 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--warm-start", default="", help="directory of the policy bundle to begin with")
     arguments = parser.parse_args()
-    dist.init_process_group("gloo")
+    device = device_of_worker()
+    # NCCL wants a GPU for each worker.
+    alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if alone else "gloo")
     try:
         run_worker(
             JobSpec.model_validate_json(Path(arguments.job).read_text()),
@@ -169,12 +173,29 @@ def main() -> None:
             Path(arguments.normalization),
             Path(arguments.output),
             arguments.warm_start,
+            device,
         )
     finally:
         dist.destroy_process_group()
 
 
-def run_worker(spec: JobSpec, columns: Path, normalization_dir: Path, output: Path, warm_start: str = "") -> None:
+def device_of_worker() -> torch.device:
+    """A GPU, where this machine has some, its own if they suffice."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def run_worker(
+    spec: JobSpec,
+    columns: Path,
+    normalization_dir: Path,
+    output: Path,
+    warm_start: str = "",
+    device: torch.device = CPU,
+) -> None:
     """Train `spec.training.epochs` epochs and write `epochs/NN`, `policy`, `losses.jsonl` and `tensorboard`.
 
     Workers that are started again, as many or not, go on after the last epoch that was finished.
@@ -195,7 +216,7 @@ def run_worker(spec: JobSpec, columns: Path, normalization_dir: Path, output: Pa
     returns = data.returns @ data.weight_vector(spec.reward.metric_weights) * np.float32(spec.training.reward_scale)
     sequential = isinstance(algorithm.config, QLearning | ActorCritic | BehaviourCloning)
     monte_carlo = torch.from_numpy(returns if sequential else rewards)
-    network = build_network(algorithm, normalization, actions)
+    network = build_network(algorithm, normalization, actions).to(device)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, QLearning | ActorCritic)
     store = build_store(data, network, rewards, data.discount(spec.reward), looks_ahead, everything)
@@ -205,7 +226,7 @@ def run_worker(spec: JobSpec, columns: Path, normalization_dir: Path, output: Pa
             f"training.batchSize {spec.training.batch_size}: only {len(usable)} transitions to learn from; "
             "lower it or log more"
         )
-    learner = build_learner(algorithm, network)
+    learner = build_learner(algorithm, network).to(device)
     learner.compute_in(spec.training.precision)
     learner.expect(len(usable))
     trainer = Trainer(learner, algorithm.learning_rate)
@@ -244,7 +265,7 @@ def run_worker(spec: JobSpec, columns: Path, normalization_dir: Path, output: Pa
     advice = "or choose iql or td3Bc" if actions.bounds else "keep double, or choose cql or bcq"
     with torch.no_grad():
         probed = store.batch(probe)
-    figures = Figures(output, learner, probed, monte_carlo[probe], actions) if rank == 0 else None
+    figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions) if rank == 0 else None
     recent: list[torch.Tensor] = []
     for step, batch in enumerate(store.batches(shuffled, finished * per_epoch, steps), finished * per_epoch + 1):
         loss, scores = trainer.step(batch)
@@ -290,7 +311,9 @@ def check_alike(trainer: Trainer, finished: int) -> None:
 
     None goes on, and saves, before all have read.
     """
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in trainer.state().values())).hexdigest()
+    # In the order of names: a file that is read gives its tensors in any.
+    values = (value.cpu().numpy().tobytes() for _, value in sorted(trainer.state().items()))
+    digest = hashlib.sha256(b"".join(values)).hexdigest()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (finished, digest))
     if len(set(found)) > 1:

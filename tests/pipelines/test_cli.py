@@ -69,7 +69,8 @@ def test_a_stage_without_the_one_before_says_so(run, command):
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("--study", "offline, online, gridworld, numbers, slates, bandits"), ("--only", "3-step CQL")]
+    ("option", "known"),
+    [("--study", "offline, online, gridworld, pendulum, slates, bandits"), ("--only", "3-step CQL")],
 )
 def test_the_results_tables_tell_what_there_is(run, option, known):
     done = run("reproduce", option, "none")

@@ -231,6 +231,17 @@ def test_the_workers_wait_in_the_queue_of_the_job() -> None:
     assert json.loads(told["BLUEWHALE_QUEUE_LABELS"]) == labels
 
 
+@pytest.mark.parametrize(
+    ("memory", "sweep", "wanted"), [("512Mi", False, 1024), ("6Gi", False, 6144), ("2Gi", True, 4096)]
+)
+def test_who_lays_out_the_data_has_the_memory_of_a_worker(memory: str, sweep: bool, wanted: int) -> None:
+    spec = {"training": {"workers": {"max": 2}, "resources": {"memory": memory}}}
+    if sweep:
+        spec["sweep"] = {"parameters": {"algorithm.dqn.learningRate": {"low": 1e-4, "high": 1e-2}}}
+    asked = executors(run_spec(job(**spec), "u", "lab", None))["training"]["resources"]
+    assert asked["resourceMemoryLimit"] == f"{wanted}Mi"
+
+
 def test_several_workers_are_pods_of_their_own_and_the_stage_only_launches_them(body: dict[str, Any]) -> None:
     assert environment(body, "training")["BLUEWHALE_TRAINING_SCHEDULER"] == "kubernetes_indexed_job"
     assert executors(body)["training"]["resources"]["resourceCpuLimit"] == "250m"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torchx.specs import AppState
 
+from components.training import launch
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
 from contracts.job import JobSpec
@@ -129,6 +130,14 @@ def test_workers_that_cannot_be_followed_are_ended() -> None:
     with pytest.raises(ConnectionError):
         _follow(runner, "app", "")
     assert runner.cancelled
+
+
+def test_laid_out_data_are_gone_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "write_columns", lambda _, __, directory: directory.mkdir())
+    with pytest.raises(StageError), launch._laid_out(tmp_path, SPEC, tmp_path / "columns") as columns:  # noqa: PT012
+        assert columns.is_dir()
+        raise StageError("diverged")
+    assert not columns.exists()
 
 
 def test_sigterm_ends_the_workers(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Transitions over several decisions, by hand, and batches from memory and from disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,26 +88,28 @@ def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
 
 def test_a_discount_of_its_own_for_each_decision() -> None:
     discount = np.array([0.5, 0.1, 1, 1, 1, 1, 1], np.float32)
-    reward, _, factor = over_steps(REWARD, discount, NEXT, TERMINAL, TRUNCATED, 2)
-    assert reward[0] == pytest.approx(1 + 0.5 * 2)
+    reward, _, factor = over_steps(REWARD, discount, NEXT, TERMINAL, TRUNCATED, 3)
+    assert reward[0] == pytest.approx(1 + 0.5 * 2 + 0.05 * 4)
     assert factor[0] == pytest.approx(0.05)
 
 
 @pytest.fixture
 def mapped(tmp_path: Path) -> Transitions:
-    """500 states in a file."""
-    np.save(tmp_path / "state.npy", np.random.default_rng(0).normal(size=(500, 1)).astype(np.float32))
-    return transitions(500, truncated=[499], state=np.load(tmp_path / "state.npy", mmap_mode="c"))
+    """500 states in a file, where some actions are not possible."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "state.npy", rng.normal(size=(500, 1)).astype(np.float32))
+    data = transitions(500, truncated=[499], state=np.load(tmp_path / "state.npy", mmap_mode="c"))
+    return replace(data, possible=rng.random((500, 2)) < 0.8)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("at_once", [1, 200, 1 << 19])
+@pytest.mark.parametrize("at_once", [1, 1700, 1 << 19])  # one step, five (fifteen of a third), or all at a time
 def test_batches_from_disk_are_those_from_memory(
     mapped: Transitions, workers: int, at_once: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewards, discounts = np.arange(500, dtype=np.float32), np.full(500, 0.5, np.float32)
     in_memory = build_store(mapped, NORMALIZED, rewards, discounts, steps=2)
-    monkeypatch.setattr(stores, "memory_for_states", lambda: 1999.0)
+    monkeypatch.setattr(stores, "memory_for_states", lambda _: 1999.0)
     on_disk = build_store(mapped, NORMALIZED, rewards, discounts, steps=2)
     assert "the states, 500 of 1 numbers, do not fit into memory" in capsys.readouterr().err
     assert on_disk.state.data_ptr() == mapped.state.ctypes.data
@@ -117,11 +120,11 @@ def test_batches_from_disk_are_those_from_memory(
         assert len(found) == 37
         for batch, wanted in zip(found, one_by_one, strict=True):
             for name, value in vars(wanted).items():
-                assert value is None or torch.equal(getattr(batch, name), value), name
+                assert torch.equal(getattr(batch, name), value), name
 
 
 def test_an_error_behind_the_reading_ahead_is_told(mapped: Transitions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "memory_for_states", lambda: 0.0)
+    monkeypatch.setattr(stores, "memory_for_states", lambda _: 0.0)
     ones = np.ones(500, np.float32)
     store = build_store(mapped, NORMALIZED, ones, ones)
     with pytest.raises(IndexError):
@@ -138,7 +141,7 @@ def test_a_containers_limit_counts_and_its_file_cache_does_not(
         (tmp_path / f"memory.{name}").write_text(text)
     monkeypatch.setattr(stores, "CGROUP", tmp_path)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = memory_for_states()
+    alone = memory_for_states(torch.device("cpu"))
     assert alone == free if free else alone > 10_000_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory_for_states() == pytest.approx(alone / 2, rel=0.05)
+    assert memory_for_states(torch.device("cpu")) == pytest.approx(alone / 2, rel=0.05)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from simulation.numbers import LENGTH, ROWS, TORQUE, controlled, logged, pendulum
 from simulation.offline import LOGGED
+from simulation.pendulum import LENGTH, ROWS, TORQUE, controlled, logged, pendulum
 
 
 def test_a_log_is_whole_episodes_of_torques_within_bounds() -> None:

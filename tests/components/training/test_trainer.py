@@ -1,0 +1,61 @@
+"""A step is Adam's, whether the optimizer has begun, goes on, or knows nothing."""
+
+import copy
+
+import pytest
+import torch
+
+from components.training.algorithms.learner import Batch
+from components.training.algorithms.values import DQNLearner
+from components.training.network import QNetwork
+from components.training.trainer import Trainer
+from contracts.job import DQN
+
+
+def batches(n: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(n):
+        state, following = (torch.randn(16, 3, generator=generator) for _ in range(2))
+        action, reward = torch.randint(2, (16,), generator=generator), torch.randn(16, generator=generator)
+        found.append(Batch(state, action, None, reward, following, action, None, torch.full((16,), 0.9)))
+    return found
+
+
+@pytest.fixture
+def learner() -> DQNLearner:
+    torch.manual_seed(0)
+    return DQNLearner(QNetwork(3, 2, [8]), DQN())
+
+
+def test_steps_are_those_of_torchs_adam(learner: DQNLearner) -> None:
+    other = copy.deepcopy(learner)
+    # What follows, and how, is held in lists of its own.
+    other = DQNLearner(other.network, DQN())
+    trainer = Trainer(learner, 0.01)
+    adam = torch.optim.Adam(other.network.parameters(), lr=0.01, fused=True)
+    for batch in batches(20):
+        trainer.step(batch)
+        adam.zero_grad()
+        other(batch)[0].backward()
+        adam.step()
+        other.follow()
+    for mine, wanted in zip(learner.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+def test_a_changed_learning_rate_counts(learner: DQNLearner) -> None:
+    trainer, (first, second) = Trainer(learner, 0.01), batches(2)
+    trainer.step(first)
+    trainer.optimizer.param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(learner.network.state_dict())
+    trainer.step(second)
+    assert all(torch.equal(before[name], value) for name, value in learner.network.state_dict().items())
+
+
+def test_an_optimizer_that_was_told_nothing_begins_anew(learner: DQNLearner) -> None:
+    trainer = Trainer(learner, 0.01)
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": {i: {} for i in range(4)}})
+    for batch in batches(2):
+        trainer.step(batch)
+    assert all(state["step"] == 2 for state in trainer.optimizer.state.values())
