@@ -44,7 +44,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "C51": {"c51": SLOW | {"atoms": 41, "lowestReturn": -1.0, "highestReturn": 1.0}},
     "QR-DQN": {"qrDqn": SLOW | {"quantiles": 21}},
     "BCQ": {"bcq": SLOW},
-    "CQL": {"cql": SLOW | {"alpha": 0.01}},
+    "CQL, alpha 0.01": {"cql": SLOW | {"alpha": 0.01}},
     "double DQN" + DESCRIBED: {"dqn": SLOW},
     "C51" + DESCRIBED: {"c51": SLOW | {"atoms": 41, "lowestReturn": -1.0, "highestReturn": 1.0}},
     "QR-DQN" + DESCRIBED: {"qrDqn": SLOW | {"quantiles": 21}},
