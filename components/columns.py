@@ -42,24 +42,25 @@ def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
     def in_file(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         path = directory / f"{name}.npy"
         made.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
+        size = path.stat().st_size
         # Space that is missing would end the process when a page is written.
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise StageError(f"training: no room to lay out {size:,} bytes in {path}: {error.strerror}") from None
         return made[-1]
 
-    try:
-        found = _read(Path(features), spec, in_file, held_out_too=False)
-        for array in made:
-            array.flush()
-        description: dict[str, Any] = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
-        if isinstance(lists := found.possible, Lists):
-            description["lists"] = lists.names
-            for name in LISTS:
-                np.save(directory / f"{name}.npy", getattr(lists, name))
-        description["digest"] = digest_files(Path(features) / "training")
-        (directory / DESCRIPTION).write_text(json.dumps(description))
-    except OSError as error:
-        raise StageError(f"training: no room to lay out the data in {directory}: {error.strerror}") from None
+    found = _read(Path(features), spec, in_file, held_out_too=False)
+    for array in made:
+        array.flush()
+    description: dict[str, Any] = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
+    if isinstance(lists := found.possible, Lists):
+        description["lists"] = lists.names
+        for name in LISTS:
+            np.save(directory / f"{name}.npy", getattr(lists, name))
+    description["digest"] = digest_files(Path(features) / "training")
+    (directory / DESCRIPTION).write_text(json.dumps(description))
 
 
 def open_columns(directory: Path) -> tuple[Transitions, str]:
