@@ -40,7 +40,7 @@ def train(
     known: dict[str, Any] | None = None,
     part: str = "",
 ) -> None:
-    """Train on gloo workers under torchrun; raises `StageError` with the workers' own words.
+    """Train on workers under torchrun; raises `StageError` with the workers' own words.
 
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
@@ -63,9 +63,7 @@ def train(
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
-            env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR",
-                 # What cuBLAS needs to give the same numbers again.
-                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+            env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )  # fmt: skip
         where = f"the workers' logs are in {directory / 'logs'}"
         if scheduler == "local_cwd":

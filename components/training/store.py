@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections import deque
@@ -166,14 +167,19 @@ def build_store(
 def memory_for_states(device: torch.device) -> float:
     """Bytes that this worker may fill: half of what is free, on its GPU, or here and in this container, with others."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
+        return torch.cuda.mem_get_info(device)[0] / 2 / math.ceil(local_workers() / torch.cuda.device_count())
     free = float(psutil.virtual_memory().available)
     # Of a container with a limit: "max" is none, and cached files make room when it is needed.
     with contextlib.suppress(OSError, ValueError, KeyError):
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(kinds["inactive_file"]))
-    return free / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free / 2 / local_workers()
+
+
+def local_workers() -> int:
+    """On this machine, or in this pod."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def normalized(graph: NormalizationGraph, raw: np.ndarray) -> Tensor:

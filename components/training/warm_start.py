@@ -105,7 +105,7 @@ def _moved(theirs: Tensor, ours: Tensor, places: list[int], by_input: bool) -> T
     # After the state's inputs come those of the action, if any.
     of_action = theirs.shape[1] - len(places)
     moved = torch.zeros_like(ours)
-    moved[:, places + list(range(ours.shape[1] - of_action, ours.shape[1]))] = theirs
+    moved[:, places + list(range(ours.shape[1] - of_action, ours.shape[1]))] = theirs.to(ours.device)
     return moved
 
 

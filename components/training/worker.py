@@ -26,7 +26,7 @@ from components.training.batches import Shuffled
 from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.figures import Figures, forget_after
-from components.training.store import build_store
+from components.training.store import build_store, local_workers
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
 from components.transitions import Lists, Transitions
@@ -162,25 +162,27 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--warm-start", default="", help="directory of the policy bundle to begin with")
     arguments = parser.parse_args()
-    device = device_of_worker()
+    spec = JobSpec.model_validate_json(Path(arguments.job).read_text())
+    device = device_of_worker() if spec.training.resources.gpus else CPU
     # NCCL wants a GPU for each worker.
-    alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-    dist.init_process_group("nccl" if alone else "gloo")
-    try:
-        run_worker(
-            JobSpec.model_validate_json(Path(arguments.job).read_text()),
-            Path(arguments.columns),
-            Path(arguments.normalization),
-            Path(arguments.output),
-            arguments.warm_start,
-            device,
-        )
-    finally:
-        dist.destroy_process_group()
+    own = device.type == "cuda" and local_workers() <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if own else "gloo")
+    # Not ended where a worker fails: the others' part in that would be waited for.
+    run_worker(
+        spec,
+        Path(arguments.columns),
+        Path(arguments.normalization),
+        Path(arguments.output),
+        arguments.warm_start,
+        device,
+    )
+    dist.destroy_process_group()
 
 
 def device_of_worker() -> torch.device:
     """A GPU, where this machine has some, its own if they suffice."""
+    # What cuBLAS needs to give the same numbers again.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -46,7 +46,7 @@ class LinearRewards(nn.Module):
     def settle(self, share: float) -> None:
         """Find the weights, each sum counted for `share` of itself."""
         outer = self.get_buffer("outer").double() * share
-        outer = outer + self.regularization * torch.eye(outer.shape[1], dtype=torch.float64)
+        outer = outer + self.regularization * torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
         covariance = torch.linalg.inv(outer)
         theta = torch.einsum("aij,aj->ai", covariance, self.get_buffer("moment").double() * share)
         self.get_buffer("covariance").copy_(covariance)

@@ -1,5 +1,6 @@
 """Two torchrun agents, as two pods have them: one dies in mid-epoch, the other goes on alone, a third joins."""
 
+import contextlib
 import json
 import os
 import socket
@@ -102,7 +103,8 @@ def kill(agent: subprocess.Popen[bytes]) -> None:
     """End an agent and its worker at once, as a pod's end does."""
     if agent.poll() is None:
         for each in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         agent.wait()
 
 
@@ -126,12 +128,19 @@ def test_one_of_two_dies_in_mid_epoch_and_another_takes_its_place(place: Path, s
     kill(victim)
     left = finished(output)
     wait_until(lambda: finished(output) >= left + 2, first)
+    # It waits, so that it is not done before the other has come.
+    (alone,) = psutil.Process(first.pid).children()
+    alone.suspend()
     third = start(output, "1:2")
+    wait_until(lambda: any(c.status == "ESTABLISHED" for c in psutil.Process(third.pid).net_connections()), first)
+    alone.resume()
     assert first.wait(120) == 0
     assert third.wait(60) == 0
-    # The last word is that of two.
-    provenance = json.loads((output / "policy" / "bundle.json").read_text())["provenance"]
-    assert provenance["workers"] == 2
+    workers = [
+        json.loads((output / "epochs" / f"{epoch:03}" / "bundle.json").read_text())["provenance"]["workers"]
+        for epoch in (left, left + 2, EPOCHS)
+    ]
+    assert workers == [2, 1, 2]
     # No step is left out or done twice in what counts.
     steps = [json.loads(line)["step"] for line in (output / "losses.jsonl").read_text().splitlines()]
     assert steps == list(range(50, EPOCHS * STEPS + 1, 50))

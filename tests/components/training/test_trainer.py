@@ -58,4 +58,5 @@ def test_an_optimizer_that_was_told_nothing_begins_anew(learner: DQNLearner) -> 
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": {i: {} for i in range(4)}})
     for batch in batches(2):
         trainer.step(batch)
+    assert len(trainer.optimizer.state) == 4
     assert all(state["step"] == 2 for state in trainer.optimizer.state.values())
