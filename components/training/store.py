@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import sys
 from collections import deque
@@ -28,8 +29,8 @@ CHUNK = 65_536
 AT_ONCE = 1 << 19
 """Numbers that are gathered at once: few enough to stay in a cache, and many small batches."""
 CGROUP = Path("/sys/fs/cgroup")
-AHEAD = 2
-"""Gathers from disk that wait to be learned from, beside the one that is."""
+AHEAD = 4
+"""Gathers from disk at a time, by a thread each, so that one's wait for a page is not the next one's."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,19 @@ class Store:
         numbers = shuffled.share * (2 * (width + possible) + 8)
         size = 1 if isinstance(self.possible, Offers) else max(1, AT_ONCE // numbers)
 
-        def gather(step: int) -> list[Batch]:
-            rows = shuffled.at(step, min(size, stop - step))
+        def gather(rows: np.ndarray) -> list[Batch]:
             with torch.no_grad():
                 return self.batch(torch.from_numpy(rows.ravel())).split(rows.shape[1])
 
         if self.graph is None:
             for step in range(start, stop, size):
-                yield from gather(step)
+                yield from gather(shuffled.at(step, min(size, stop - step)))
             return
-        # One thread: with more than there are cores, those that compute would be slow to wake up.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
+        # Each computes by itself: with more threads than cores, those of the step would be slow to wake up.
+        with ThreadPoolExecutor(AHEAD, initializer=torch.set_num_threads, initargs=(1,)) as readers:
             waiting: deque[Future[list[Batch]]] = deque()
             for step in range(start, stop, size):
-                waiting.append(reader.submit(gather, step))
+                waiting.append(readers.submit(gather, shuffled.at(step, min(size, stop - step))))
                 if len(waiting) > AHEAD:
                     yield from waiting.popleft().result()
             while waiting:
@@ -144,6 +144,9 @@ def build_store(
             f"training: the states, {len(data):,} of {graph.outputs} numbers, do not fit into memory: they are read "
             "as they are needed, and normalized then", file=sys.stderr, flush=True,
         )  # fmt: skip
+        if isinstance(data.state.base, mmap.mmap):
+            # Rows come in any order: what lies beside one is not wanted.
+            data.state.base.madvise(mmap.MADV_RANDOM)
     over = over_steps(rewards, discounts, data.next_row, data.terminal, data.truncated, steps)
     with torch.no_grad():
         state = torch.from_numpy(data.state) if on_disk else normalized(graph, data.state)
