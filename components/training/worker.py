@@ -184,7 +184,7 @@ def device_of_worker() -> torch.device:
     # What cuBLAS needs to give the same numbers again.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return CPU
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
