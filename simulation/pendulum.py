@@ -56,7 +56,12 @@ def logged(log: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         torques.append(torque)
         rewards.append(reward)
     played.close()
-    return (*(np.stack(each, 1).astype(np.float32) for each in (states, torques, rewards)),)  # type: ignore[return-value]
+    return _side_by_side(states), _side_by_side(torques), _side_by_side(rewards)
+
+
+def _side_by_side(steps: list[np.ndarray]) -> np.ndarray:
+    """[E, steps, ...] of what E episodes had in each step."""
+    return np.stack(steps, 1).astype(np.float32)
 
 
 def pendulum(log: str, algorithm: str, seed: int) -> float:
