@@ -12,7 +12,7 @@ REGISTRY ?= ghcr.io/bluewhale-rl
 TAG ?= 0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run open-bandit test bench reproduce lint format crds images lock clean
+.PHONY: help install run open-bandit slates test bench reproduce lint format crds images lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,11 @@ open-bandit: install ## Fetch real data, run manifests/examples/open-bandit.yaml
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py prepare
 	$(BIN)/bluewhale run manifests/examples/open-bandit.yaml || test $$? -eq 3  # 3: the gate stopped the policy
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py compare
+
+slates: install ## Log random slates of RecSim's, run manifests/examples/slates.yaml on them, compare with the truth
+	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/slates.py prepare
+	$(BIN)/bluewhale run manifests/examples/slates.yaml || test $$? -eq 3  # 3: the gate stopped the policy
+	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/slates.py compare
 
 bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization and training against bare jobs and other engines (ROWS, REPEATS)
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats $(or $(REPEATS),3) \

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from components.transitions import Lists, Transitions, check_held_out
-from contracts.job import JobSpec
+from contracts.job import JobSpec, Slate
 from contracts.progress import report
 from contracts.stage import StageError, digest_files, read_record
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
@@ -91,7 +91,7 @@ def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) 
         mdp[rows] = np.array(numbers, np.int64)[ids.indices.to_numpy()]
         ordinal[rows] = batch["ordinal"].to_numpy()
         metrics.update(pc.unique(_entries(batch["returns"])[1]).to_pylist())
-    mdp_ids, metric_names = sorted(known), sorted(metrics)
+    mdp_ids, metric_names = sorted(known), sorted(metrics - {spec.slate.choice} if spec.slate else metrics)
     mdp = np.argsort([known[mdp_id] for mdp_id in mdp_ids])[mdp]
     order = np.lexsort((ordinal, mdp))
     if not held_out_too:
@@ -107,7 +107,7 @@ def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) 
         case "continuous":
             actions = _Numbers(record["action_features"])
         case _:
-            actions = _Described(record["action_features"])
+            actions = _Described(record["action_features"], spec.slate)
     arrays: dict[str, np.ndarray] = {}
     wanted = [*(STATE_PREFIX + name for name in names), *actions.columns, "action_probability", "metrics", "returns"]
     for rows, batch in _batches(data, [*wanted, "time_diff", "terminal", "truncated"]):
@@ -186,36 +186,54 @@ class _Numbers:
 
 
 class _Described:
-    """Actions of lists; a decision without one lists what was taken alone. Each different item is held once."""
+    """Actions of lists, or slates of them; a decision without one lists what was taken alone.
 
-    def __init__(self, features: list[str]) -> None:
+    Each different item is held once.
+    """
+
+    def __init__(self, features: list[str], slate: Slate | None) -> None:
         self.names: list[str] = []
-        self.features = features
-        self.columns = [*(ACTION_PREFIX + name for name in features), "possible_actions"]
+        self.features, self.slate = features, slate
+        taken = ["action"] if slate else [ACTION_PREFIX + name for name in features]
+        self.columns = [*taken, "possible_actions"]
         self.known: dict[bytes, int] = {}
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         """Of each batch its lists' lengths, their items, and which of them the log has."""
 
     def read(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-        chosen = np.stack([_floats(batch[ACTION_PREFIX + name]) for name in self.features], 1).astype(np.float32)
+        size = self.slate.size if self.slate else 1
+        if self.slate:
+            taken = _by_key(pc.list_flatten(batch["action"]), self.features, absent=np.nan)
+        else:
+            taken = np.stack([_floats(batch[ACTION_PREFIX + name]) for name in self.features], 1).astype(np.float32)
         lists = batch["possible_actions"]
         unlisted = lists.is_null().to_numpy(zero_copy_only=False)
-        lengths = np.where(unlisted, 1, pc.list_value_length(lists).fill_null(1).to_numpy())
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        offered = np.empty((offsets[-1], len(self.features)), np.float32)
+        lengths = np.where(unlisted, size, pc.list_value_length(lists).fill_null(size).to_numpy())
+        offered = np.empty((lengths.sum(), len(self.features)), np.float32)
         alone = np.repeat(unlisted, lengths)
-        offered[alone] = chosen[unlisted]
+        offered[alone] = taken[np.repeat(unlisted, size)]
         if not unlisted.all():
             offered[~alone] = _by_key(pc.list_flatten(lists), self.features, absent=np.nan)
-        items = self._numbered(np.concatenate([offered, chosen]))
-        items, taken = items[: len(offered)], items[len(offered) :]
-        row = np.repeat(np.arange(len(batch)), lengths)
-        same = np.flatnonzero(items == taken[row])
-        rows, at = np.unique(row[same], return_index=True)
-        if len(rows) < len(batch):
-            raise StageError("possible_actions: a decision's own action is not among them as it was logged")
+        items = self._numbered(np.concatenate([offered, taken]))
+        items, taken = items[: len(offered)], items[len(offered) :].reshape(-1, size)
         self.parts.append((lengths, items, ~unlisted))
-        return {"action": (same[at] - offsets[:-1]).astype(np.int64)}
+        places = self._places(lengths, items, taken)
+        if not self.slate:
+            return {"action": places[:, 0]}
+        choice = _by_key(batch["metrics"], [self.slate.choice])[:, 0].astype(np.int64)
+        return {"action": places, "chosen": np.where(choice == 0, size, choice - 1)}
+
+    def _places(self, lengths: np.ndarray, items: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """int64 [rows, k]: where in its row's list each item `taken` stands, of several alike each another one."""
+        rows, different = np.arange(len(taken)), len(self.known)
+        listed = np.repeat(rows, lengths) * different + items
+        order = np.argsort(listed, kind="stable")
+        wanted = rows[:, None] * different + taken
+        before = [(taken[:, :j] == taken[:, j, None]).sum(1) for j in range(taken.shape[1])]
+        at = np.minimum(np.searchsorted(listed[order], wanted) + np.stack(before, 1), len(order) - 1)
+        if (listed[order[at]] != wanted).any():
+            raise StageError("possible_actions: a decision's own action is not among them as it was logged")
+        return np.asarray(order[at] - (np.cumsum(lengths) - lengths)[:, None])
 
     def _numbered(self, described: np.ndarray) -> np.ndarray:
         """int64: the number of each item, compared by its bytes: what is missing is missing alike, 0 has no sign."""

@@ -13,12 +13,12 @@ from contracts.stage import StageError
 
 @dataclass(frozen=True)
 class Lists:
-    """What each of N decisions could choose among, of K different actions that G features each describe."""
+    """What each of N decisions could choose among, of I different items that G features each describe."""
 
     names: list[str]  # of the G features
-    described: np.ndarray  # float32 [K, G], NaN = missing
+    described: np.ndarray  # float32 [I, G], NaN = missing
     offsets: np.ndarray  # int64 [N + 1]: decision i lists the items from offsets[i] to offsets[i + 1]
-    items: np.ndarray  # int64, which of the K actions
+    items: np.ndarray  # int64, which of the I items
     logged: np.ndarray  # bool [N]: false where the log has no list, and what was taken stands alone
 
     def select(self, rows: np.ndarray) -> Lists:
@@ -28,8 +28,9 @@ class Lists:
         return Lists(self.names, self.described, offsets, self.items[places], self.logged[rows])
 
     def taken(self, action: np.ndarray) -> np.ndarray:
-        """int64 [N]: which of the K actions, of those that stand at these places in the lists."""
-        return np.asarray(self.items[self.offsets[:-1] + action])
+        """int64 [N], of slates [N, k]: which of the I items, of those that stand at these places in the lists."""
+        begins = self.offsets[:-1] if action.ndim == 1 else self.offsets[:-1, None]
+        return np.asarray(self.items[begins + action])
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Transitions:
     """N transitions sorted by MDP and ordinal, over F features, A actions and M metrics.
 
     Actions are discrete, or D numbers each (`actions` names them), or described: then `action` is the place in the
-    decision's own list.
+    decision's own list, or the k places of a slate's items.
     """
 
     features: list[str]
     actions: list[str]
     metric_names: list[str]
     state: np.ndarray  # float32 [N, F], NaN = missing
-    action: np.ndarray  # int64 [N], index into actions; of continuous ones float32 [N, D]
+    action: np.ndarray  # int64 [N], index into actions; of continuous ones float32 [N, D], of slates int64 [N, k]
     propensity: np.ndarray  # float64 [N], NaN = not logged
     possible: np.ndarray | Lists | None  # bool [N, A], actions possible at the decision; None of continuous ones
     metrics: np.ndarray  # float32 [N, M]
@@ -57,6 +58,7 @@ class Transitions:
     ordinal: np.ndarray  # int64 [N], 1-based place among all decisions of the MDP, rejected ones counted
     mdp: np.ndarray  # int64 [N], index of the MDP
     mdp_ids: list[str]
+    chosen: np.ndarray | None = None  # int64 [N], of slates: the place that was chosen, k where nothing was
 
     def __len__(self) -> int:
         return len(self.action)
@@ -115,6 +117,8 @@ class Transitions:
         possible = self.possible
         if possible is not None:
             possible = possible.select(rows) if isinstance(possible, Lists) else possible[rows]
+        if self.chosen is not None:
+            arrays["chosen"] = self.chosen[rows]
         return Transitions(
             self.features, self.actions, self.metric_names, mdp_ids=self.mdp_ids, possible=possible, **arrays
         )

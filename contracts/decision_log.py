@@ -24,10 +24,14 @@ _FEATURES = pa.map_(pa.string(), pa.float64())
 
 
 def schema(action_space: str = "discrete") -> pa.Schema:
-    """The log's columns where actions are `discrete` (a name), `parametric` or `continuous` (numbers by name)."""
+    """The log's columns where actions are `discrete` (a name), `parametric` or `continuous` (numbers by name).
+
+    A `slate` is a list of the items shown, first to last, each as numbers by name.
+    """
     if action_space == "discrete":
         return SCHEMA
-    described = {"action": _FEATURES, "possible_actions": pa.list_(_FEATURES)}
+    action = pa.list_(_FEATURES) if action_space == "slate" else _FEATURES
+    described = {"action": action, "possible_actions": pa.list_(_FEATURES)}
     return pa.schema([f.with_type(described.get(f.name, f.type)) for f in SCHEMA], metadata=SCHEMA.metadata)
 
 

@@ -383,6 +383,15 @@ class IQL(ActorCritic):
     inverse_temperature: float = Field(3.0, ge=0, description="High takes better actions, low clones the log.")
 
 
+class SlateQ(LearnerConfig):
+    """What a choice from a slate is worth and how likely it is (Ie et al. 2019, arXiv 1905.12767)."""
+
+    next_slate: Literal["best", "logged"] = Field(
+        "best", description="Whose worth a target adds: that of the best slate, or of the logged one (SARSA)."
+    )
+    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
+
+
 class LinearBandit(Model):
     """A linear model of each action's reward, and how sure it is: what comes after the decision does not count."""
 
@@ -421,7 +430,7 @@ class Algorithm(Model):
     td3_bc: TD3BC | None = Field(None, description="TD3 held near the log, for continuous actions.")
     sac: SAC | None = Field(None, description="Soft actor-critic, for continuous actions.")
     iql: IQL | None = Field(None, description="Implicit Q-learning, for continuous actions.")
-
+    slate_q: SlateQ | None = Field(None, description="Values and likelihoods of choices, for slates.")
     lin_ucb: LinUCB | None = Field(None, description="Contextual bandit: linear upper confidence bounds.")
     linear_thompson: LinearThompson | None = Field(None, description="Contextual bandit: linear Thompson sampling.")
     logistic_bandit: LogisticBandit | None = Field(None, description="Contextual bandit: logistic regression.")
@@ -462,6 +471,7 @@ ALGORITHMS = {
     "discrete": (*OF_VALUES, "bcq", "behaviourCloning", "linUcb", "linearThompson", "logisticBandit"),
     "parametric": (*OF_VALUES, "behaviourCloning"),
     "continuous": ("ddpg", "td3", "td3Bc", "sac", "iql"),
+    "slate": ("slateQ",),
 }
 """Those that learn from each action space."""
 
@@ -509,6 +519,18 @@ class Bounds(Model):
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
         return self
+
+
+class Slate(Model):
+    """Items shown together, of which people choose one or none."""
+
+    size: int = Field(ge=1, le=64, description="Items that each slate shows.")
+    choice: str = Field(
+        "choice",
+        min_length=1,
+        description="Metric that tells what was chosen: 1 for the first item shown, 2 for the second; 0, or no value, "
+        "for nothing.",
+    )
 
 
 class Workers(Model):
@@ -729,10 +751,10 @@ class Schedule(Model):
 class JobSpec(Model):
     """What to learn from, how, and where the policy goes."""
 
-    action_space: Literal["discrete", "parametric", "continuous"] = Field(
+    action_space: Literal["discrete", "parametric", "continuous", "slate"] = Field(
         "discrete",
         description="What an action is: one of `actions`; one of a list of the decision's own, each described by "
-        "numbers; or numbers that are chosen freely.",
+        "numbers; numbers that are chosen freely; or a slate of several of such a list, from which people choose.",
     )
     actions: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         [], max_length=256, description="The discrete actions, two or more; none in another action space."
@@ -740,6 +762,7 @@ class JobSpec(Model):
     action_bounds: dict[str, Bounds] = Field(
         {}, description="Of a continuous action's numbers; what the log has as least and most when left out."
     )
+    slate: Slate | None = Field(None, description="What a slate is; needed in that action space, and only there.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of everything random; the same seed gives the same weights.")
     simulation: Simulation | None = None
     data: Data = Data()
@@ -780,6 +803,12 @@ class JobSpec(Model):
             raise ValueError("data.features.actionKey stands for a discrete action's name: actionSpace has none")
         if self.action_space != "continuous" and self.action_bounds:
             raise ValueError(f"actionBounds are those of continuous actions: actionSpace is {self.action_space}")
+        if (self.action_space == "slate") != (self.slate is not None):
+            raise ValueError("slate and actionSpace slate go together: set slate.size, the items that a slate shows")
+        if self.slate and self.slate.choice in self.reward.metric_weights:
+            raise ValueError(
+                f"reward.metricWeights.{self.slate.choice}: slate.choice is a place in the slate, and earns nothing"
+            )
         if self.action_space != "discrete" and self.deploy.service:
             raise ValueError(f"deploy.service: a policy over {self.action_space} actions is exported, not rolled out")
         if len(set(self.actions)) != len(self.actions):
@@ -831,7 +860,7 @@ class JobSpec(Model):
         A dot leads into a section: `evaluation.gate.metric`.
         """
         kept: dict[str, Any] = {}
-        for path in ("action_space", "actions", "seed", *sections):
+        for path in ("action_space", "actions", "slate", "seed", *sections):
             *outer, last = path.split(".")
             level = kept
             for part in outer:

@@ -6,19 +6,25 @@ A user is shown a slate of k out of N items, which are drawn anew for each decis
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import numpy as np
+import pyarrow as pa
 import torch
 from gymnasium import spaces
 
-from components.training.algorithms.slate import SlateBatch, SlateNetwork, SlateQ, SlateQLearner
+from components.training.algorithms.learner import Batch, Listed
+from components.training.algorithms.slate import SlateNetwork, SlateQLearner, best_slate, judge_lists
 from components.training.trainer import Trainer
+from contracts.decision_log import schema
+from contracts.job import SlateQ
 
 CANDIDATES, SLATE = 10, 2
 DISCOUNT = 0.99
+LOGGED = ("mdp_id", "sequence_number", "state_features", "action", "possible_actions", "metrics")
 Observation = dict[str, Any]
 
 
@@ -165,21 +171,67 @@ class SlateLog:
     @property
     def returns(self) -> np.ndarray:
         """Sum of rewards of each episode."""
-        episode = np.cumsum(np.append(False, self.terminal[:-1]))
-        return np.bincount(episode, self.reward)
+        return self.discounted(1.0)
 
-    def batch(self, rows: np.ndarray) -> SlateBatch:
+    @property
+    def episode(self) -> np.ndarray:
+        """int64 [N], from 0 on."""
+        return np.cumsum(np.append(False, self.terminal[:-1]))
+
+    @property
+    def step(self) -> np.ndarray:
+        """int64 [N], from 0 on in each episode."""
+        first = np.flatnonzero(np.diff(self.episode, prepend=-1))
+        return np.asarray(np.arange(len(self.episode)) - first[self.episode])
+
+    def discounted(self, discount: float) -> np.ndarray:
+        """The same, discounted to the first decision."""
+        return np.bincount(self.episode, self.reward * discount**self.step)
+
+    def batch(self, rows: np.ndarray) -> Batch:
         following = np.where(self.terminal[rows], rows, np.minimum(rows + 1, len(self.reward) - 1))
-        columns = [
-            self.user[rows], self.items[rows], self.slate[rows], self.chosen[rows], self.reward[rows],
-            self.user[following], self.items[following], self.slate[following],
-            np.where(self.terminal[rows], 0, DISCOUNT).astype(np.float32),
-        ]  # fmt: skip
-        return SlateBatch(*map(torch.from_numpy, columns))
+        begins = np.arange(len(rows))[:, None] * CANDIDATES
+        state, action, reward, next_state, next_action, discount, chosen = map(
+            torch.from_numpy,
+            (
+                self.user[rows], begins + self.slate[rows], self.reward[rows],
+                self.user[following], begins + self.slate[following],
+                np.where(self.terminal[rows], 0, DISCOUNT).astype(np.float32), self.chosen[rows],
+            ),
+        )  # fmt: skip
+        possible, next_possible = (listed(self.items[each]) for each in (rows, following))
+        return Batch(state, action, possible, reward, next_state, next_action, next_possible, discount, chosen)
+
+    def decisions(self) -> pa.Table:
+        """The same as a product would log it."""
+        items = [[_named("item", item) for item in items] for items in self.items.tolist()]
+        choice = np.where(self.chosen == SLATE, 0, self.chosen + 1)
+        metrics = zip(self.reward.tolist(), choice.tolist(), strict=True)
+        return pa.table(
+            {
+                "mdp_id": [f"user-{e:06}" for e in self.episode],
+                "sequence_number": self.step,
+                "state_features": [_named("user", user) for user in self.user.tolist()],
+                "action": [[shown[i] for i in slate] for shown, slate in zip(items, self.slate.tolist(), strict=True)],
+                "possible_actions": items,
+                "metrics": [[("reward", reward), ("choice", place)] for reward, place in metrics],
+            },
+            pa.schema([field for field in schema("slate") if field.name in LOGGED]),
+        )
 
 
-def play(name: str, network: SlateNetwork | None, episodes: int, seed: int) -> SlateLog:
-    """Whole episodes of random slates, or of the network's best ones."""
+def _named(what: str, numbers: list[float]) -> list[tuple[str, float]]:
+    return [(f"{what}_{i}", number) for i, number in enumerate(numbers)]
+
+
+def listed(items: np.ndarray) -> Listed:
+    """float32 [B, N, G] as lists."""
+    row = torch.arange(len(items)).repeat_interleave(items.shape[1])
+    return Listed(torch.from_numpy(items).flatten(0, 1), row, len(items))
+
+
+def play(name: str, policy: Callable[[Observation], np.ndarray] | None, episodes: int, seed: int) -> SlateLog:
+    """Whole episodes of the policy's slates, or of random ones."""
     environment = ENVIRONMENTS[name]()
     rng = np.random.default_rng(seed)
     rows: list[tuple[Any, ...]] = []
@@ -187,23 +239,25 @@ def play(name: str, network: SlateNetwork | None, episodes: int, seed: int) -> S
         seen, _ = environment.reset(seed=seed * 100_003 + episode)
         ended = False
         while not ended:
-            if network is None:
-                slate = rng.choice(CANDIDATES, SLATE, replace=False)
-            else:
-                with torch.no_grad():
-                    slate = network(*(torch.from_numpy(seen[part])[None] for part in ("user", "items")))[0].numpy()
+            slate = policy(seen) if policy else rng.choice(CANDIDATES, SLATE, replace=False)
             following, reward, ended, _, _ = environment.step(slate)
             rows.append((seen["user"], seen["items"], slate, following["chosen"], np.float32(reward), ended))
             seen = following
     return SlateLog(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
-def learn_from(log: SlateLog, config: SlateQ, steps: int, seed: int) -> SlateNetwork:
-    """SlateQ from a log, by batches of 256."""
+def learn_from(log: SlateLog, config: SlateQ, steps: int, seed: int) -> Callable[[Observation], np.ndarray]:
+    """SlateQ from a log, by batches of 256; what it shows is the best slate."""
     torch.manual_seed(seed)
     network = SlateNetwork(log.user.shape[1], log.items.shape[2], SLATE, config.hidden_layers)
-    trainer = Trainer(SlateQLearner(network, config), config.learning_rate)  # type: ignore[arg-type]
+    trainer = Trainer(SlateQLearner(network, config), config.learning_rate)
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        trainer.step(log.batch(rng.integers(len(log.reward), size=256)))  # type: ignore[arg-type]
-    return network.eval()
+        trainer.step(log.batch(rng.integers(len(log.reward), size=256)))
+
+    def best(seen: Observation) -> np.ndarray:
+        with torch.no_grad():
+            judged = judge_lists(network, torch.from_numpy(seen["user"])[None], listed(seen["items"][None]))
+            return best_slate(judged, SLATE)[0].numpy()
+
+    return best

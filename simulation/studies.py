@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import torch
 from scipy import stats
 
-from components.training.algorithms.slate import SlateQ
+from contracts.job import SlateQ
 from contracts.progress import report
 from simulation import bandits, gridworld, offline, online, pendulum, slates
 from simulation.bandits import BY_CHANCE
@@ -80,14 +80,14 @@ def played(environment: str, algorithm: str, seed: int) -> float:
 def shown(environment: str, algorithm: str, seed: int) -> float:
     """Mean return of slates learned from a log of random ones."""
     torch.set_num_threads(1)
-    network = None
+    policy = None
     if algorithm != BY_CHANCE:
         log = slates.play(environment, None, SLATE_LOG, seed)
         config = SlateQ(
             hiddenLayers=[64, 64], targetUpdateRate=0.02, nextSlate="logged" if "SARSA" in algorithm else "best"
         )
-        network = slates.learn_from(log, config, SLATE_STEPS, seed)
-    return float(slates.play(environment, network, SLATE_EPISODES, seed + offline.FRESH).returns.mean())
+        policy = slates.learn_from(log, config, SLATE_STEPS, seed)
+    return float(slates.play(environment, policy, SLATE_EPISODES, seed + offline.FRESH).returns.mean())
 
 
 def _plays(environment: str, algorithm: str) -> bool:

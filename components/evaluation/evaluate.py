@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from components.columns import load_transitions
 from components.evaluation import estimators as cpe
-from components.evaluation.acted import logged_features, plan, propensities, taken_probability
+from components.evaluation.acted import (
+    logged_features,
+    logged_items,
+    logged_plan,
+    plan,
+    propensities,
+    slate_probability,
+    taken_probability,
+)
+from components.evaluation.choices import ChoiceModel, fit_choices
 from components.evaluation.fitted_q import FittedPairs, FittedQ
 from components.training.bundle import Bundle, read_bundle
+from components.training.store import normalized
 from components.transitions import Lists, Transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
@@ -95,6 +106,7 @@ class _Evaluator:
         self.n = int(self.mdp.max()) + 1
         self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
         self.discrete = bundle.actions.space == "discrete"
+        self.choices = self._choice_model(bundle)
         self.q = self._model(bundle, train.discount(spec.reward))
         self.model = self._model(bundle, np.zeros(len(train), np.float32))
         self.model.fit(None, spec.evaluation.fitted_q_steps)
@@ -121,15 +133,22 @@ class _Evaluator:
             return FittedQ(*given, discount, self.spec.seed)
         return FittedPairs(*given, logged_features(bundle, self.train), discount, self.spec.seed)
 
+    def _choice_model(self, bundle: Bundle) -> ChoiceModel | None:
+        if self.train.chosen is None:
+            return None
+        states = normalized(bundle.network.normalization, self.train.state)
+        items, chosen = logged_items(bundle, self.train), torch.from_numpy(self.train.chosen)
+        return fit_choices(states, items, chosen, self.spec.evaluation.fitted_q_steps, self.spec.seed)
+
     def _modelled(self, bundle: Bundle) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Over K alternatives of each held-out decision: the policy's probabilities [N, K], the logged one [N], and
         by each metric [N, K, M] what the discounted model and that of a single decision say of them."""
         held_out, models = self.held_out, (self.q, self.model)
         if isinstance(self.q, FittedPairs):
             # Two alternatives: what the policy does, and what was done.
-            own, logged = plan(bundle, held_out), logged_features(bundle, held_out)
+            plans = plan(bundle, held_out, self.choices), logged_plan(bundle, held_out, self.choices)
             target, action = np.tile([1.0, 0.0], (len(held_out), 1)), np.ones(len(held_out), np.int64)
-            found = [m.predict_acted(held_out.state, logged, own) for m in models if isinstance(m, FittedPairs)]
+            found = [m.predict_acted(held_out.state, *plans) for m in models if isinstance(m, FittedPairs)]
         else:
             target, action = propensities(bundle, held_out), held_out.action
             found = [model.predict(held_out.state) for model in models]
@@ -139,7 +158,7 @@ class _Evaluator:
     def estimate(self, bundle: Bundle) -> dict[str, Any]:
         if self.unlisted:
             return {estimator: {"refused": self.unlisted} for estimator in ESTIMATORS}
-        policy = propensities(bundle, self.train) if self.discrete else plan(bundle, self.train)
+        policy = propensities(bundle, self.train) if self.discrete else plan(bundle, self.train, self.choices)
         self.q.fit(policy, self.spec.evaluation.fitted_q_steps)
         target, action, q, expected = self._modelled(bundle)
         weight = self._weight(bundle)
@@ -215,6 +234,8 @@ class _Evaluator:
             return None
         if self.discrete:
             taken = propensities(bundle, self.held_out)[np.arange(len(logged)), self.held_out.action]
+        elif self.spec.slate:
+            taken = slate_probability(bundle, self.held_out)
         else:
             taken = taken_probability(plan(bundle, self.held_out), self.held_out)
         return np.asarray(taken / logged)

@@ -125,13 +125,12 @@ class FittedPairs(FittedQ):
         found: Tensor = self.network(torch.cat([self.state[rows], self.action[rows]], 1)).squeeze(1)
         return found
 
-    def predict_acted(self, state: np.ndarray, action: Tensor, policy: Plan) -> np.ndarray:
-        """What the policy does and what was logged are worth per metric, float64 [N, 2, M]."""
+    def predict_acted(self, state: np.ndarray, *plans: Plan) -> np.ndarray:
+        """What each of P plans is worth per metric, float64 [N, P, M]."""
         with torch.no_grad():
             known = self.normalization(torch.from_numpy(state))
-            own = _over_plan(self.network, known, policy, torch.arange(len(known)))
-            logged = self.network(torch.cat([known, action], 1)).squeeze(1)
-            return np.asarray((torch.stack([own, logged], 1) * self.scale).double().numpy())
+            found = [_over_plan(self.network, known, each, torch.arange(len(known))) for each in plans]
+            return np.asarray((torch.stack(found, 1) * self.scale).double().numpy())
 
 
 def _over_plan(network: nn.Module, state: Tensor, policy: Plan, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from components.export.repository import signature
+from components.training.algorithms.slate import SlateHead, SlateNetwork, gains
 from components.training.network import IMPOSSIBLE, Head, NormalizedPairs
 from contracts.job import PolicyHead
 from contracts.stage import StageError
@@ -52,8 +53,10 @@ class ServedPolicy(nn.Module):
         sampled = passed.to(torch.int64).sum(1, keepdim=True).clamp(max=q_values.shape[1] - 1)
         return q_values, allowed.argmax(1, keepdim=True), propensities, sampled
 
-    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
-        """Inputs for the states, everything else drawn at random."""
+    def example(
+        self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
+    ) -> Inputs:
+        """Inputs for the states, everything else drawn at random: of described actions from `items`, [I, G]."""
         n, a = len(states), len(policy["actions"])
         possible = generator.random((n, a)) < 0.8
         possible[np.arange(n), generator.integers(a, size=n)] = True
@@ -71,7 +74,9 @@ class ServedActor(nn.Module):
         """state float32 [B, F] (NaN = missing) -> action float32 [B, D], in the product's units."""
         return (self.network(state),)
 
-    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
+    def example(
+        self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
+    ) -> Inputs:
         return {"state": states}
 
 
@@ -92,17 +97,54 @@ class ServedChoice(ServedPolicy):
         found = self.choose(scores, uniform, torch.ones_like(scores, dtype=torch.bool))
         return tuple(each.squeeze(0) for each in found)  # type: ignore[return-value]
 
-    def example(self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any]) -> Inputs:
-        action = generator.normal(size=(LISTED, len(policy["action_features"]))).astype(np.float32)
+    def example(
+        self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
+    ) -> Inputs:
+        action = generator.choice(items, LISTED)
         return {"state": states[:1], "action": action, "uniform": generator.random((1, 1), np.float32)}
 
 
-Served = ServedPolicy | ServedActor
+class ServedSlate(nn.Module):
+    """A policy over slates of k out of the K items that one decision lists."""
+
+    def __init__(self, policy: nn.Module, head: PolicyHead) -> None:
+        super().__init__()
+        assert isinstance(policy, NormalizedPairs)
+        assert isinstance(policy.network, SlateNetwork)
+        self.normalization, self.of_actions, self.network = policy.normalization, policy.of_actions, policy.network
+        self.head = SlateHead(head, policy.network.slate)
+
+    def forward(self, state: Tensor, action: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        """state float32 [1, F], action float32 [K, G], uniform float32 [k + 1] in [0, 1); NaN = missing. K >= k.
+
+        Returns q_values float32 [K], of each item if it is chosen; gains float32 [K], what each adds to the slate;
+        greedy_action int64 [k]; propensity float32 [1], that of sampled_action, int64 [k].
+        """
+        known = self.normalization(state)
+        items = self.network(torch.cat([known.expand(action.shape[0], -1), self.of_actions(action)], 1))
+        judged = torch.cat([items, self.network.nothing(known)]).unsqueeze(0)
+        gain = gains(judged, self.network.slate)
+        sampled, greedy = self.head(gain, uniform.unsqueeze(0))
+        found = gain.squeeze(0), greedy.squeeze(0), self.head.probability(gain, sampled), sampled.squeeze(0)
+        return items[:, 0], *found
+
+    def example(
+        self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
+    ) -> Inputs:
+        size = self.head.size
+        action = generator.choice(items, size + LISTED)
+        return {"state": states[:1], "action": action, "uniform": generator.random(size + 1, np.float32)}
+
+
+Served = ServedPolicy | ServedActor | ServedSlate
 
 
 def served(network: nn.Module, head: PolicyHead, action_space: str) -> Served:
-    if action_space == "continuous":
-        return ServedActor(network).eval()
+    match action_space:
+        case "continuous":
+            return ServedActor(network).eval()
+        case "slate":
+            return ServedSlate(network, head).eval()
     return (ServedChoice if action_space == "parametric" else ServedPolicy)(network, head).eval()
 
 
@@ -110,7 +152,8 @@ def export_onnx(made: Served, policy: dict[str, Any], path: Path) -> None:
     """Write a served policy to `path`, with a free number of rows; `policy` describes it, as its file does."""
     inputs, outputs, batched = signature(policy)
     states = np.zeros((2, len(policy["features"])), np.float32)
-    example = made.example(np.random.default_rng(0), states, policy)
+    items = np.zeros((1, len(policy.get("action_features", []))), np.float32)
+    example = made.example(np.random.default_rng(0), states, policy, items)
     batch = torch.export.Dim("batch")
     free = {name for name, (_, dims) in inputs.items() if batched or -1 in dims}
     quiet = logging.getLogger("torch.onnx")
@@ -129,36 +172,53 @@ def export_onnx(made: Served, policy: dict[str, Any], path: Path) -> None:
         program.save(str(path))  # type: ignore[union-attr]
 
 
-def check_onnx(made: Served, policy: dict[str, Any], path: Path, states: np.ndarray, seed: int) -> float:
-    """Compare the ONNX graph with torch on the given states; returns the largest difference.
+def check_onnx(
+    made: Served,
+    policy: dict[str, Any],
+    path: Path,
+    states: np.ndarray,
+    seed: int,
+    items: np.ndarray | None = None,
+) -> float:
+    """Compare the ONNX graph with torch on the given states and described actions; returns the largest difference.
 
-    Differences are relative where values exceed 1. Raises `StageError` beyond 1e-5, or when actions differ in more than
-    one state of a thousand, as they may where two are equally good.
+    Differences are relative where values exceed 1. Raises `StageError` beyond 1e-5, or when actions that are not
+    equally good differ in more than one state of a thousand, as they may where chance falls upon an edge.
     """
     inputs, outputs, batched = signature(policy)
     rng = np.random.default_rng(seed)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # What takes one decision at a time is asked for some of them, the last ones, the extremes, among them.
     parts = [states] if batched else [states[i : i + 1] for i in range(max(0, len(states) - LISTS), len(states))]
-    asked = [made.example(rng, part, policy) for part in parts]
+    if items is None:
+        items = rng.normal(size=(100, len(policy.get("action_features", [])))).astype(np.float32)
+    asked = [made.example(rng, part, policy, items) for part in parts]
     found = _together([session.run(list(outputs), given) for given in asked], batched)
     with torch.no_grad():
         answers = [made(*(torch.from_numpy(given[name]) for name in inputs)) for given in asked]
     wanted = _together([[each.numpy() for each in answer] for answer in answers], batched)
-    worst = 0.0
+    worst, scores = 0.0, wanted[list(outputs).index("greedy_action") - 1] if "greedy_action" in outputs else wanted[0]
     for name, a, b in zip(outputs, found, wanted, strict=True):
         if name.endswith("_action"):
-            differing = np.flatnonzero((a != b).any(1))
+            first, second = (np.take_along_axis(scores, action, 1) for action in (a, b))
+            near = np.abs(first - second) <= TOLERANCE * np.maximum(1, np.abs(second))
+            differing = np.flatnonzero(((a != b) & ~near).any(1))
             if len(differing) > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {len(differing)} states")
             continue
+        if name == "propensity":
+            # That of what is sampled, which is compared by itself.
+            same = (found[-1] == wanted[-1]).all(1)
+            a, b = a[same], b[same]
         if name == "propensities":
             # Those of a policy that takes the best action jump where two are equally good.
             same = a.argmax(1) == b.argmax(1)
             if (~same).sum() > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {(~same).sum()} states")
             a, b = a[same], b[same]
-        difference = float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())
+        # A gain is a difference of values.
+        size = np.abs(wanted[0]).max(1, keepdims=True) if name == "gains" else np.abs(b)
+        difference = float((np.abs(a - b) / np.maximum(1, size)).max(initial=0.0))
         if not difference <= TOLERANCE:
             raise StageError(f"export: {name} of the ONNX graph differs from torch by {difference:.2g} > {TOLERANCE}")
         worst = max(worst, difference)

@@ -16,17 +16,17 @@ from components.export.onnx_policy import check_onnx, export_onnx, served
 from components.export.repository import DESCRIPTION, MODEL, check_alike, read_policies, version_of, write_config
 from components.training.actions import Actions
 from components.training.bundle import read_bundle
+from components.transitions import Lists
 from contracts.job import JobSpec, PolicyHead
 from contracts.progress import report
 from contracts.stage import read_record, stage
-
 
 def export_policy(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
     """Write `model_repository/` with the last epoch's policy; raises `StageError` when ONNX and torch disagree."""
     read_record(training)
     with stage("export", output) as (directory, facts):
         bundle = read_bundle(Path(training) / "policy")
-        states = load_transitions(features, spec).state[:10_000]
+        data = load_transitions(features, spec)
         report(0, 1, "ONNX")
         facts |= write_version(
             directory / "model_repository",
@@ -35,7 +35,8 @@ def export_policy(spec: JobSpec, features: str | Path, training: str | Path, out
             features=bundle.normalization.inputs,
             actions=bundle.actions,
             digest=bundle.digest,
-            states=states,
+            states=data.state[:10_000],
+            items=data.possible.described if isinstance(data.possible, Lists) else None,
             backend=spec.export.backend,
         )
         report(1, 1, f"largest difference {facts['largest_difference']:.1g}")
@@ -50,9 +51,13 @@ def write_version(
     actions: Actions,
     digest: str,
     states: np.ndarray,
+    items: np.ndarray | None = None,
     backend: str = "python",
 ) -> dict[str, Any]:
-    """Add a policy to the repository, check its ONNX graph on `states` and extremes; returns what was written."""
+    """Add a policy to the repository, check its ONNX graph on `states`, extremes and `items`; returns what was written.
+
+    `states` float32 [N, F]; `items` float32 [I, G], of described actions.
+    """
     version = version_of(digest)
     policy = {"features": features, "action_space": actions.space, **actions.as_json()}
     check_alike(repository, [*read_policies(repository).values(), policy])
@@ -68,7 +73,7 @@ def write_version(
     export_onnx(made, policy, path)
     width = len(features)
     extremes = np.array([[np.nan] * width, [0.0] * width, [1e30] * width, [-1e30] * width], np.float32)
-    difference = check_onnx(made, policy, path, np.concatenate([states, extremes]), seed=0)
+    difference = check_onnx(made, policy, path, np.concatenate([states, extremes]), 0, items)
     if backend == "python":
         shutil.copy(Path(__file__).with_name("triton_model.py"), directory / "model.py")
     description = {

@@ -62,7 +62,8 @@ Tensors = dict[str, tuple[str, list[int]]]
 def signature(policy: dict[str, Any]) -> tuple[Tensors, Tensors, bool]:
     """Inputs and outputs of a policy's graph, and whether requests can be batched.
 
-    A request for described actions is one decision: its state, and as many rows as there are actions to choose among.
+    A request for described actions, or for a slate, is one decision: its state, and as many rows as there are items to
+    choose among.
     """
     state = {"state": ("FP32", [len(policy["features"])])}
     match policy.get("action_space"):
@@ -75,6 +76,21 @@ def signature(policy: dict[str, Any]) -> tuple[Tensors, Tensors, bool]:
                 "uniform": ("FP32", [1, 1]),
             }
             return inputs, _chosen([-1]), False
+        case "slate":
+            size = policy["slate"]
+            inputs = {
+                "state": ("FP32", [1, len(policy["features"])]),
+                "action": ("FP32", [-1, len(policy["action_features"])]),
+                "uniform": ("FP32", [size + 1]),
+            }
+            outputs = {
+                "q_values": ("FP32", [-1]),
+                "gains": ("FP32", [-1]),
+                "greedy_action": ("INT64", [size]),
+                "propensity": ("FP32", [1]),
+                "sampled_action": ("INT64", [size]),
+            }
+            return inputs, outputs, False
     actions = [len(policy["actions"])]
     return state | {"uniform": ("FP32", [1]), "possible": ("BOOL", actions)}, _chosen(actions), True
 
@@ -91,7 +107,7 @@ def _chosen(actions: list[int]) -> Tensors:
 def check_alike(repository: Path, policies: list[dict[str, Any]]) -> None:
     """Raise `StageError` unless all policies have the same features and actions."""
     for other in policies[1:]:
-        for name in ("features", "actions", "action_features"):
+        for name in ("features", "actions", "action_features", "slate"):
             if other.get(name) != policies[0].get(name):
                 raise StageError(
                     f"{repository}: policies that differ in features or actions cannot share a service: {name} "

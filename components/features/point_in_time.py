@@ -15,7 +15,7 @@ from pyspark.sql import types as T
 
 from components.features import store as feast_store
 from components.spark import spark_session
-from contracts.job import Features, JobSpec
+from contracts.job import Features, JobSpec, Slate
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
@@ -48,7 +48,7 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             )
         if settings.service:
             store, service = feast_store.open_named(settings)
-        described = transitions if spec.action_space == "discrete" else describe_actions(transitions)
+        described = transitions if spec.action_space == "discrete" else describe_actions(transitions, spec.slate)
         if settings.service:
             described = join_service(described, store, service, settings)
         if described is transitions:
@@ -97,12 +97,19 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def describe_actions(transitions: DataFrame) -> DataFrame:
-    """The transitions with a column for each of the numbers that describe their actions."""
+def describe_actions(transitions: DataFrame, slate: Slate | None = None) -> DataFrame:
+    """The transitions with a column for each of the numbers that describe their actions.
+
+    Of slates they are those of one listed item, drawn by the hash of the row's key: what normalization looks at.
+    """
     listed = F.flatten(F.transform(F.coalesce("possible_actions", F.array()), F.map_keys))
-    every = F.array_union(F.map_keys("action"), listed)
+    one = F.col("action")
+    if slate:
+        drawn = F.pmod(F.xxhash64("mdp_id", "ordinal"), F.size("possible_actions").cast("long"))
+        one = F.get("possible_actions", drawn.cast("int"))
+    every = listed if slate else F.array_union(F.map_keys("action"), listed)
     names = sorted(row[0] for row in transitions.select(F.explode(every)).distinct().collect())
-    return transitions.withColumns({ACTION_PREFIX + name: F.col("action")[name] for name in names})
+    return transitions.withColumns({ACTION_PREFIX + name: one[name] for name in names})
 
 
 def join_service(transitions: DataFrame, store: Any, service: Any, settings: Features) -> DataFrame:

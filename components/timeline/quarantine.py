@@ -6,7 +6,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from components.timeline.read import CORRUPT, UNREADABLE
-from contracts.job import JobSpec
+from contracts.job import JobSpec, Slate
 
 REASON = "quarantine_reason"
 DUPLICATE = "duplicate_step"
@@ -19,13 +19,14 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
 
     The reasons: `unparsable` (a line), `unreadable_<column>`, `missing_<column>` of a key, the time or the action,
     `unknown_action`, `action_not_possible`, `probability_out_of_range`, `non_finite_feature`, `non_finite_action`,
-    `non_finite_metric`. `duplicate_step` is told when rows are put in order.
+    `non_finite_metric`, and of slates `slate_of_other_size`, `missing_possible_actions`, `choice_not_on_slate`.
+    `duplicate_step` is told when rows are put in order.
     """
     checks: list[tuple[str, Column]] = [
         ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),
         ("missing_sequence_number", F.col("sequence_number").isNull()),
         ("missing_event_time", F.col("event_time").isNull()),
-        *(_named_action(spec.actions) if spec.action_space == "discrete" else _described_action()),
+        *_of_action(spec),
         # Null is a log without propensities; NaN compares greater than any number in Spark. Of numbers it is a density.
         (
             "probability_out_of_range",
@@ -44,6 +45,12 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
     return log.withColumn(REASON, reason)
 
 
+def _of_action(spec: JobSpec) -> list[tuple[str, Column]]:
+    if spec.slate:
+        return _slate(spec.slate)
+    return _named_action(spec.actions) if spec.action_space == "discrete" else _described_action()
+
+
 def _named_action(actions: list[str]) -> list[tuple[str, Column]]:
     known = F.array(*[F.lit(a) for a in actions])
     possible = F.coalesce(F.col("possible_actions"), known)
@@ -54,12 +61,13 @@ def _named_action(actions: list[str]) -> list[tuple[str, Column]]:
     ]
 
 
-def _described_action() -> list[tuple[str, Column]]:
-    def comparable(action: Column) -> Column:
-        # Maps are not comparable in Spark, and have no order.
-        return F.array_sort(F.map_entries(action))
+def _comparable(action: Column) -> Column:
+    """Maps are not comparable in Spark, and have no order."""
+    return F.array_sort(F.map_entries(action))
 
-    among = F.exists("possible_actions", lambda one: comparable(one) == comparable(F.col("action")))
+
+def _described_action() -> list[tuple[str, Column]]:
+    among = F.exists("possible_actions", lambda one: _comparable(one) == _comparable(F.col("action")))
     return [
         ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
         ("non_finite_action", not_finite("action")),
@@ -67,7 +75,26 @@ def _described_action() -> list[tuple[str, Column]]:
     ]
 
 
-def not_finite(features: str) -> Column:
+def _slate(slate: Slate) -> list[tuple[str, Column]]:
+    shown, listed = (F.transform(name, _comparable) for name in ("action", "possible_actions"))
+
+    def lacks(item: Column) -> Column:
+        """Shown more often than it is there to be shown."""
+        times = [F.size(F.filter(items, lambda other: other == item)) for items in (shown, listed)]
+        return times[0] > times[1]
+
+    choice = F.coalesce(F.col("metrics")[slate.choice], F.lit(0.0))
+    return [
+        ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
+        ("slate_of_other_size", F.size("action") != slate.size),
+        ("missing_possible_actions", F.col("possible_actions").isNull()),
+        ("non_finite_action", F.exists("action", not_finite) | F.exists("possible_actions", not_finite)),
+        ("action_not_possible", F.exists(shown, lacks)),
+        ("choice_not_on_slate", ~choice.between(0, slate.size) | (choice != F.floor(choice))),
+    ]
+
+
+def not_finite(features: str | Column) -> Column:
     """Whether a map holds NaN or an infinite number."""
     # NaN is greater than infinity in Spark; the extremes are found in compiled code, a lambda is interpreted.
     values = F.map_values(features)

@@ -10,7 +10,7 @@ from components.normalization.spec import NormalizationSpec
 
 @dataclass(frozen=True)
 class Actions:
-    """Names; or numbers, each between bounds; or whatever is listed, described by features."""
+    """Names; or numbers, each between bounds; or whatever is listed, described by features, one item or a slate."""
 
     names: list[str]
     """Of discrete actions; of continuous ones each number's. Empty where actions are described."""
@@ -18,11 +18,15 @@ class Actions:
     """Of each number of a continuous action, in the product's units."""
     described: NormalizationSpec | None = None
     """How the features of described actions are normalized."""
+    slate: int | None = None
+    """Items of a slate, where an action is one."""
 
     @property
     def space(self) -> str:
-        """`discrete`, `continuous` or `parametric`, as in the job."""
-        return "continuous" if self.bounds is not None else "parametric" if self.described else "discrete"
+        """`discrete`, `continuous`, `parametric` or `slate`, as in the job."""
+        if self.bounds is not None:
+            return "continuous"
+        return "slate" if self.slate else "parametric" if self.described else "discrete"
 
     def as_json(self) -> dict[str, Any]:
         """All that decides what an action is."""
@@ -31,4 +35,6 @@ class Actions:
             found["bounds"] = self.bounds
         if self.described:
             found["action_features"] = self.described.inputs
+        if self.slate:
+            found["slate"] = self.slate
         return found

@@ -71,7 +71,7 @@ def _policy_digest(directory: Path, description: dict[str, Any]) -> str:
     """SHA-256 over all that decides what the policy does: weights, normalization, network, actions, head."""
     digest = hashlib.sha256((directory / WEIGHTS).read_bytes())
     inputs = NormalizationSpec.read(directory / NORMALIZATION).inputs
-    named = ("version", "algorithm", "actions", "bounds", "action_features", "head")
+    named = ("version", "algorithm", "actions", "bounds", "action_features", "slate", "head")
     decisive = {name: description[name] for name in named if name in description}
     digest.update(json.dumps(decisive | {"inputs": inputs}, sort_keys=True).encode())
     return digest.hexdigest()
@@ -98,7 +98,7 @@ def read_bundle(directory: str | Path) -> Bundle:
     algorithm = Algorithm.model_validate(description["algorithm"])
     described = NormalizationSpec.read(directory / ACTION_NORMALIZATION) if "action_features" in description else None
     bounds = [(low, high) for low, high in description["bounds"]] if "bounds" in description else None
-    actions = Actions(description["actions"], bounds, described)
+    actions = Actions(description["actions"], bounds, described, description.get("slate"))
     network = build_network(algorithm, normalization, actions)
     try:
         network.load_state_dict(load_file(directory / WEIGHTS))

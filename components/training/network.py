@@ -59,7 +59,7 @@ class NormalizedPairs(Normalized):
         self.of_actions = of_actions
 
     def forward(self, raw: Tensor, action: Tensor) -> Tensor:  # type: ignore[override]
-        """float32 [batch, features] and [batch, action features] -> [batch, 1]."""
+        """float32 [batch, features] and [batch, action features] -> [batch, 1], or what the network makes of them."""
         found: Tensor = self.network(torch.cat([self.normalization(raw), self.of_actions(action)], 1))
         return found
 

@@ -58,13 +58,15 @@ class Store:
     """N rows over F features and A actions; the state that follows a row is that of another row."""
 
     state: Tensor  # float32 [N, F], normalized; or as logged, where a graph normalizes what a batch needs
-    action: Tensor  # int64 [N], of described actions the place in the own list; of continuous ones [N, D] in [-1, 1]
+    action: Tensor  # int64 [N], of described actions the place in the own list, of slates places [N, k]; of continuous
+    # ones float32 [N, D] in [-1, 1]
     possible: Tensor | Offers | None  # bool [N, A]; None where all actions always are
     reward: Tensor  # float32 [N]
     next_row: Tensor  # int64 [N]
     discount: Tensor  # float32 [N], 0 where the MDP has ended
     usable: np.ndarray  # int64, the rows that can be learned from: those whose next state is known
     graph: NormalizationGraph | None = None
+    chosen: Tensor | None = None  # int64 [N], of slates
 
     def batch(self, rows: Tensor) -> Batch:
         """The transitions at the rows, int64 [B]."""
@@ -81,6 +83,7 @@ class Store:
             next_action=next_action,
             next_possible=next_possible,
             discount=self.discount.index_select(0, rows),
+            chosen=None if self.chosen is None else self.chosen.index_select(0, rows),
         )
 
     def batches(self, shuffled: Shuffled, start: int, stop: int) -> Iterator[Batch]:
@@ -118,7 +121,7 @@ class Store:
         action = self.action.index_select(0, rows)
         if isinstance(self.possible, Offers):
             listed, begins = self.possible.at(rows)
-            return begins + action, listed
+            return (begins if action.dim() == 1 else begins.unsqueeze(1)) + action, listed
         return action, None if self.possible is None else self.possible.index_select(0, rows)
 
 
@@ -164,7 +167,8 @@ def build_store(
             action = policy.network.actor.as_unit(action)
             within = (action.abs() <= 1 + 1e-6).all(1).cpu().numpy()
     usable = np.flatnonzero((~data.truncated | everything) & within)
-    return Store(state, action, possible, total, next_row, discount, usable, graph if on_disk else None)
+    chosen = None if data.chosen is None else torch.from_numpy(data.chosen).to(device)
+    return Store(state, action, possible, total, next_row, discount, usable, graph if on_disk else None, chosen)
 
 
 def memory_for_states(device: torch.device) -> float:

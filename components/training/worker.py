@@ -40,6 +40,7 @@ from contracts.job import (
     LinearThompson,
     LogisticBandit,
     QLearning,
+    SlateQ,
 )
 from contracts.stage import StageError, code_version
 from contracts.transitions import ACTION_PREFIX
@@ -47,6 +48,8 @@ from contracts.transitions import ACTION_PREFIX
 LOG_EVERY = 50
 CHECKPOINTS = "checkpoints"
 CPU = torch.device("cpu")
+LOOKING_AHEAD = QLearning | ActorCritic | SlateQ
+"""What needs to know what followed a decision."""
 PROBE, PROBE_PAIRS = 4096, 50_000
 RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
@@ -67,7 +70,7 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
             f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
         )
     algorithm = spec.algorithm.config
-    if isinstance(algorithm, QLearning | ActorCritic) and data.truncated.all():
+    if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
         raise StageError(
             "training: no transition is left, for what followed is not known of any; see data.lastStep and the "
             "timeline's report"
@@ -79,6 +82,11 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
                 f"algorithm.logisticBandit: rewards lie between {low:g} and {high:g}, and must be in [0, 1]: set "
                 "training.rewardClip and rewardScale so that they are, or choose linearThompson"
             )
+    if spec.slate and data.chosen is not None and (data.chosen == spec.slate.size).all():
+        raise StageError(
+            f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
+            "first of the slate would; name the metric that does"
+        )
     lists = data.possible
     if isinstance(algorithm, LinearThompson) and isinstance(lists, np.ndarray) and not lists.all():
         raise StageError(
@@ -97,8 +105,9 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
 def _only_action(data: Transitions) -> str:
     """The action that all of a log takes, if there is such a one."""
     if isinstance(data.possible, Lists):
-        taken = np.unique(data.possible.taken(data.action))
-        return f"one action of {len(data.possible.described):,}" if len(taken) == 1 else ""
+        taken = data.possible.taken(data.action)
+        what = "action" if taken.ndim == 1 else "slate of items"
+        return f"one {what} of {len(data.possible.described):,}" if (taken == taken[0]).all() else ""
     if data.action.ndim == 2:
         same = (data.action == data.action[0]).all()
         return f"one action, {dict(zip(data.actions, data.action[0].tolist(), strict=True))}" if same else ""
@@ -110,8 +119,9 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
     """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
     if spec.action_space == "discrete":
         return Actions(list(spec.actions))
-    if spec.action_space == "parametric":
-        return Actions([], described=NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX]))
+    if spec.action_space in ("parametric", "slate"):
+        described = NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX])
+        return Actions([], described=described, slate=spec.slate.size if spec.slate else None)
     if unknown := set(spec.action_bounds) - set(data.actions):
         raise StageError(f"actionBounds.{min(unknown)}: the log's actions have {', '.join(data.actions)}")
     bounds = []
@@ -216,11 +226,11 @@ def run_worker(
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     most = math.inf if bounded else _most(data, spec, rewards)
     returns = data.returns @ data.weight_vector(spec.reward.metric_weights) * np.float32(spec.training.reward_scale)
-    sequential = isinstance(algorithm.config, QLearning | ActorCritic | BehaviourCloning)
+    sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
     monte_carlo = torch.from_numpy(returns if sequential else rewards)
     network = build_network(algorithm, normalization, actions).to(device)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
-    everything = not isinstance(algorithm.config, QLearning | ActorCritic)
+    everything = not isinstance(algorithm.config, LOOKING_AHEAD)
     store = build_store(data, network, rewards, data.discount(spec.reward), looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
@@ -264,7 +274,9 @@ def run_worker(
         "discount_interval": spec.reward.discount_interval,
         "warm_start": started_from,
     }
-    advice = "or choose iql or td3Bc" if actions.bounds else "keep double, or choose cql or bcq"
+    advice = {"continuous": "or choose iql or td3Bc", "slate": "or set nextSlate: logged"}.get(
+        actions.space, "keep double, or choose cql or bcq"
+    )
     with torch.no_grad():
         probed = store.batch(probe)
     figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions) if rank == 0 else None

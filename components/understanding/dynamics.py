@@ -27,7 +27,7 @@ class Outcomes:
 
     state: Tensor  # float32 [N, S], normalized
     features: dict[str, np.ndarray]  # columns of the state by feature
-    action: Tensor  # float32 [N, A], one-hot; of described or continuous actions their standardized numbers
+    action: Tensor  # float32 [N, A], one-hot; of others their standardized numbers, item by item of slates
     named: bool  # whether actions are names
     propensity: Tensor  # float32 [N], NaN = not logged
     before: Tensor  # float32 [N, S + A + 1]: the step before, and 1; all 0 where there is none
@@ -81,7 +81,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
 def _action(data: Transitions) -> tuple[Tensor, bool]:
     """The logged actions as numbers, float32 [N, A], and whether those only tell names apart."""
     if isinstance(data.possible, Lists):
-        numbers = data.possible.described[data.possible.taken(data.action)]
+        numbers = data.possible.described[data.possible.taken(data.action)].reshape(len(data), -1)
     elif data.action.ndim == 2:
         numbers = data.action
     else:

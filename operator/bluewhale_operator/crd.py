@@ -131,6 +131,16 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "actionBounds",
         ),
         Rule(
+            "has(self.slate) == (self.actionSpace == 'slate')",
+            "slate and actionSpace slate go together",
+            "slate",
+        ),
+        Rule(
+            "!has(self.slate) || !(self.slate.choice in self.reward.metricWeights)",
+            "slate.choice is a place in the slate, and earns nothing",
+            "reward",
+        ),
+        Rule(
             " && ".join(
                 f"(self.actionSpace != '{space}' || {' || '.join(f'has(self.algorithm.{name})' for name in fit)})"
                 for space, fit in ALGORITHMS.items()
@@ -146,7 +156,7 @@ RULES: dict[type[BaseModel], list[Rule]] = {
         ),
         Rule(
             "self.actionSpace == 'discrete' || !has(self.deploy.service)",
-            "a policy over described or continuous actions is exported, not rolled out",
+            "only a policy over named actions is rolled out, others are exported",
             "deploy",
         ),
         Rule(

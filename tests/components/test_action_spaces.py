@@ -1,5 +1,7 @@
-"""From training data to an exported graph where actions are described, or are numbers: learned, judged and served."""
+"""From training data to an exported graph where actions are described, slates, or numbers: learned, judged, served."""
 
+import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -16,18 +18,21 @@ import pytest
 import torch
 
 from components.columns import load_transitions, write_columns
-from components.evaluation.acted import Plan, taken_probability
+from components.evaluation.acted import Plan, logged_items, plan, slate_probability, taken_probability
+from components.evaluation.choices import fit_choices
 from components.evaluation.evaluate import evaluate
+from components.export.onnx_policy import served
 from components.export.policy import export_policy
 from components.export.repository import MODEL, read_policies
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_network
+from components.training.bundle import read_bundle
 from components.training.store import build_store
 from components.training.worker import check_fits, find_actions
 from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
-from contracts.job import JobSpec
+from contracts.job import JobSpec, PolicyHead
 from contracts.stage import StageError, read_record, stage
 
 ROOT = Path(__file__).parents[2]
@@ -56,19 +61,33 @@ LISTS: dict[str, Any] = COMMON | {
     "training": {"batchSize": 128, "epochs": 2, "stepsPerEpoch": 500},
     "export": {"policy": "greedy"},
 }
+SLATES: dict[str, Any] = LISTS | {
+    "actionSpace": "slate",
+    "slate": {"size": 2},
+    "algorithm": {"slateQ": {"hiddenLayers": [64, 64], "learningRate": 0.003, "targetUpdateRate": 0.02}},
+    "training": {"batchSize": 128, "epochs": 2, "stepsPerEpoch": 700},
+}
 
 
-def features_stage(root: Path, states: dict[str, np.ndarray], columns: dict[str, Any], actions: list[str]) -> None:
+def features_stage(
+    root: Path,
+    states: dict[str, np.ndarray],
+    columns: dict[str, Any],
+    actions: list[str],
+    more: dict[str, np.ndarray] | None = None,
+) -> None:
     """What the features stage leaves: three decisions for each MDP, and normalization specs of standard features."""
     earned = columns.pop("earned")
     returns = np.zeros(N)
     for row in reversed(range(N)):
         returns[row] = earned[row] + (0.9 * returns[row + 1] if row % STEPS < STEPS - 1 else 0)
+    named = {"earned": earned} | (more or {})
+    metrics = [list(zip(named, each, strict=True)) for each in np.stack(list(named.values()), 1).tolist()]
     table = pa.table(
         {
             "mdp_id": [f"mdp-{row // STEPS:04}" for row in range(N)],
             "ordinal": [row % STEPS + 1 for row in range(N)],
-            "metrics": pa.array([[("earned", x)] for x in earned.tolist()], pa.map_(pa.string(), pa.float64())),
+            "metrics": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
             "returns": pa.array([[("earned", x)] for x in returns.tolist()], pa.map_(pa.string(), pa.float64())),
             "time_diff": np.ones(N, np.int64),
             "terminal": [row % STEPS == STEPS - 1 for row in range(N)],
@@ -289,8 +308,128 @@ def test_items_that_are_described_alike_share_their_probability() -> None:
     assert taken_probability(chosen, data).tolist() == pytest.approx([0.8])
 
 
-def test_the_records_say_what_was_exported(prices: Path, shelf: Path) -> None:
-    continuous, described = (read_record(root / "export") for root in (prices, shelf))
+@pytest.fixture(scope="module")
+def row_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three to five items two are shown; which is chosen, if any, depends on the taste, what it earns on quality."""
+    root, rng = tmp_path_factory.mktemp("slates"), np.random.default_rng(2)
+    taste = rng.uniform(-1, 1, N)
+    offered = [rng.uniform(-1, 1, (int(size), 2)).round(1) for size in rng.integers(3, 6, N)]
+    places = [rng.choice(len(items), 2, replace=False) for items in offered]
+    shown = np.stack([items[at] for items, at in zip(offered, places, strict=True)])
+    share = chances(taste, shown)
+    choice = (rng.random((N, 1)) > share.cumsum(1)).sum(1)
+    gained = np.append(2 + shown[:, :, 1], np.zeros((N, 1)), 1)[np.arange(N), choice]
+    as_map = pa.map_(pa.string(), pa.float64())
+
+    def as_items(items: np.ndarray) -> list[list[tuple[str, float]]]:
+        return [[("topic", t), ("quality", q)] for t, q in items.tolist()]
+
+    drawn = np.stack([items[0] for items in offered])
+    columns = {
+        "action_feature_topic": drawn[:, 0],
+        "action_feature_quality": drawn[:, 1],
+        "action": pa.array([as_items(items) for items in shown], pa.list_(as_map)),
+        "possible_actions": pa.array([as_items(items) for items in offered], pa.list_(as_map)),
+        "action_probability": np.array([1 / len(items) / (len(items) - 1) for items in offered]),
+        "earned": gained,
+    }
+    features_stage(root, {"taste": taste}, columns, ["quality", "topic"], {"choice": (choice + 1.0) % 3})
+    run(root, SLATES)
+    return root
+
+
+def chances(taste: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Of items [..., k, 2] and of nothing: [..., k + 1]."""
+    mass = np.exp(1 - 3 * np.abs(shown[..., 0] - taste[..., None]))
+    mass = np.append(mass, np.ones((*mass.shape[:-1], 1)), -1)
+    return mass / mass.sum(-1, keepdims=True)
+
+
+def slate_worth(taste: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    return (chances(taste, shown)[..., :-1] * (2 + shown[..., 1])).sum(-1)
+
+
+def test_the_slate_that_is_worth_most_is_shown(row_of_two: Path) -> None:
+    graph, rng, reached = session(row_of_two), np.random.default_rng(5), []
+    for _ in range(200):
+        taste, items = rng.uniform(-1, 1), rng.uniform(-1, 1, (rng.integers(2, 8), 2))
+        given = {
+            "state": np.array([[taste]], np.float32),
+            "action": items[:, ::-1].astype(np.float32),  # quality comes first
+            "uniform": rng.random(3, np.float32),
+        }
+        found = dict(zip((o.name for o in graph.get_outputs()), graph.run(None, given), strict=True))
+        assert found["gains"].shape == found["q_values"].shape == (len(items),)
+        assert found["propensity"].tolist() == [1]
+        assert found["sampled_action"].tolist() == found["greedy_action"].tolist()
+        every = [slate_worth(np.array(taste), items[list(at)]) for at in itertools.combinations(range(len(items)), 2)]
+        reached.append(slate_worth(np.array(taste), items[found["greedy_action"]]) / max(every))
+    assert np.mean(reached) > 0.96
+
+
+def test_every_estimator_judges_a_policy_over_slates(row_of_two: Path) -> None:
+    spec = JobSpec.model_validate(SLATES)
+    report = json.loads((row_of_two / "evaluation" / "report.json").read_text())
+    _, held_out = load_transitions(row_of_two / "features", spec).split(spec)
+    lists, graph, worths = held_out.possible, session(row_of_two), []
+    assert isinstance(lists, Lists)
+    for i, state in enumerate(held_out.state):
+        items = lists.described[lists.items[lists.offsets[i] : lists.offsets[i + 1]]]
+        given = {"state": state[None], "action": items, "uniform": np.zeros(3, np.float32)}
+        (greedy,) = graph.run(["greedy_action"], given)
+        worths.append(slate_worth(state[0], items[greedy][:, ::-1]))
+    truth = np.mean(worths)
+    assert truth > 1.2 * report["logged"]["per_step"]["earned"]
+    assert report["final"]["stepwise_direct_method"]["earned"]["value"] == pytest.approx(truth, rel=0.08)
+    for estimator in ("stepwise_importance_sampling", "stepwise_doubly_robust"):
+        found = report["final"][estimator]["earned"]
+        assert found["low"] < truth < found["high"], estimator
+    assert report["final"]["sequential_direct_method"]["earned"]["value"] == pytest.approx(2.71 * truth, rel=0.1)
+    # Of three random slates in a row hardly any are the policy's own.
+    assert report["diagnostics"]["effective_sample_size_mdps"] < 5
+    assert "choice" not in report["final"]["stepwise_direct_method"]
+    assert 6 <= report["diagnostics"]["largest_weight"] <= 20
+
+
+@pytest.mark.parametrize("head", [{"policy": "softmax", "temperature": 0.5}, {"policy": "epsilonGreedy"}])
+def test_a_policy_that_draws_slates_has_the_probability_that_its_graph_tells(
+    row_of_two: Path, head: dict[str, Any]
+) -> None:
+    spec = JobSpec.model_validate(SLATES)
+    made = read_bundle(row_of_two / "training" / "policy")
+    bundle = dataclasses.replace(made, head=PolicyHead.model_validate(head))
+    data = load_transitions(row_of_two / "features", spec)
+    graph = served(bundle.network, bundle.head, "slate")
+    lists, rng = data.possible, np.random.default_rng(3)
+    assert isinstance(lists, Lists)
+    different = [len(set(lists.items[lists.offsets[row] : lists.offsets[row + 1]])) for row in range(200)]
+    rows = np.flatnonzero(different == np.diff(lists.offsets)[:200])
+    slates, told = [], []
+    for row in rows:
+        items = torch.from_numpy(lists.described[lists.items[lists.offsets[row] : lists.offsets[row + 1]]])
+        uniform = torch.from_numpy(rng.random(3, np.float32))
+        with torch.no_grad():
+            *_, propensity, slate = graph(torch.from_numpy(data.state[row : row + 1]), items, uniform)
+        slates.append(slate.numpy())
+        told.append(propensity.item())
+    shown = dataclasses.replace(data.select(rows), action=np.stack(slates))
+    np.testing.assert_allclose(slate_probability(bundle, shown), told, rtol=1e-4)
+    states, items = torch.zeros(len(rows), 1), logged_items(bundle, shown)
+    choices = fit_choices(states, items, torch.zeros(len(rows), dtype=torch.int64), 5, 0)
+    planned = plan(bundle, shown, choices)
+    np.testing.assert_allclose(planned.probability.view(len(rows), -1).sum(1), 1, rtol=1e-5)
+
+
+def test_a_log_that_tells_of_no_choice_is_refused(row_of_two: Path) -> None:
+    spec = JobSpec.model_validate(SLATES | {"slate": {"size": 2, "choice": "clicked"}})
+    data = load_transitions(row_of_two / "features", spec)
+    with pytest.raises(StageError, match=r"slate\.choice: the metric clicked tells of no decision"):
+        check_fits(data, spec, np.zeros(N))
+
+
+def test_the_records_say_what_was_exported(prices: Path, shelf: Path, row_of_two: Path) -> None:
+    continuous, described, slates = (read_record(root / "export") for root in (prices, shelf, row_of_two))
+    assert (slates["action_space"], slates["slate"]) == ("slate", 2)
     assert (continuous["action_space"], continuous["actions"]) == ("continuous", ["price"])
     assert continuous["bounds"] == [[0.0, 4.0]]
     assert (described["action_space"], described["actions"]) == ("parametric", [])

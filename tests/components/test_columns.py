@@ -24,6 +24,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "discrete": {"actions": ["left", "right", "stay"]},
     "continuous": {"actionSpace": "continuous", "algorithm": {"iql": {}}},
     "parametric": {"actionSpace": "parametric"},
+    "slate": {"actionSpace": "slate", "slate": {"size": 2}, "algorithm": {"slateQ": {}}},
 }
 
 
@@ -49,13 +50,19 @@ def features(tmp_path: Path, spec: JobSpec) -> Path:
             [own.as_py(), *(maps[int(i)].as_py() for i in rng.integers(N, size=i % 4))] for i, own in enumerate(maps)
         ]
         listed = pa.array([None if i % 5 == 0 else each for i, each in enumerate(lists)], pa.list_(MAP))
+    metrics = [[("reward", x), ("clicks", 1.0)] for x in rng.normal(size=N).tolist()]
+    if spec.action_space == "slate":
+        lists = [[maps[int(i)].as_py() for i in rng.integers(N, size=2 + row % 4)] for row in range(N)]
+        listed = pa.array(lists, pa.list_(MAP))
+        action = pa.array([[each[-1], each[0]] for each in lists], pa.list_(MAP))
+        metrics = [each + [("choice", i % 4)] * (i % 4 < 3) for i, each in enumerate(metrics)]
     table = pa.table(
         {
             "mdp_id": [f"mdp-{row // STEPS}" for row in range(N)],
             "ordinal": [row % STEPS + 1 for row in range(N)],
             "action": action, "possible_actions": listed, "action_probability": rng.uniform(size=N),
-            "metrics": pa.array([[("reward", x), ("clicks", 1.0)] for x in rng.normal(size=N).tolist()], MAP),
-            "returns": pa.array([[("reward", x), ("clicks", 2.0)] for x in rng.normal(size=N).tolist()], MAP),
+            "metrics": pa.array(metrics, MAP),
+            "returns": pa.array([[(name, 2 * x) for name, x in each] for each in metrics], MAP),
             "time_diff": rng.uniform(size=N), "terminal": rng.random(N) < 0.2, "truncated": rng.random(N) < 0.1,
             "state_x": pa.array([None if i % 7 == 0 else float(i) for i in range(N)]), "state_y": rng.normal(size=N),
             "action_feature_price": described[:, 0], "action_feature_size": described[:, 1],
@@ -125,3 +132,31 @@ def test_a_full_disk_is_told_and_not_died_of(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StageError, match=r"no room to lay out [\d,]+ bytes in .*\.npy: No space left on device"):
         write_columns(features, spec, tmp_path / "columns")
+
+
+@pytest.mark.parametrize("spec", ["slate"], indirect=True)
+def test_a_slates_items_are_places_in_its_list_and_its_choice_is_no_metric(features: Path, spec: JobSpec) -> None:
+    data = load_transitions(features, spec)
+    lists, chosen = data.possible, data.chosen
+    assert isinstance(lists, Lists)
+    assert chosen is not None
+    lengths = np.diff(lists.offsets)
+    # Shown are the last item and the first, or what is described alike and stands before.
+    ends = np.stack([lists.items[lists.offsets[1:] - 1], lists.items[lists.offsets[:-1]]], 1)
+    np.testing.assert_array_equal(lists.taken(data.action), ends)
+    assert ((data.action >= 0) & (data.action < lengths[:, None])).all()
+    assert (data.action[:, 0] != data.action[:, 1]).all()
+    assert (ends[:, 0] == ends[:, 1]).any()
+    assert data.metric_names == ["clicks", "reward"]
+    assert np.bincount(chosen).tolist() == [N // 4, N // 4, N // 2]
+
+
+@pytest.mark.parametrize("spec", ["slate"], indirect=True)
+def test_a_slate_of_what_is_not_listed_is_refused(features: Path, spec: JobSpec) -> None:
+    file = features / "training" / "part-2.parquet"
+    table = pq.read_table(file)
+    action = [[[("price", 77.0)], each[1]] for each in table["action"].to_pylist()]
+    table = table.set_column(table.schema.get_field_index("action"), "action", pa.array(action, pa.list_(MAP)))
+    pq.write_table(table, file)
+    with pytest.raises(StageError, match="own action is not among them"):
+        load_transitions(features, spec)

@@ -209,6 +209,7 @@ def test_a_stage_is_not_made_stale_by_sections_that_it_does_not_read(document: d
         ("continuous", "dqn", "ddpg, td3, td3Bc, sac, iql"),
         ("parametric", "bcq", "dqn, c51, qrDqn, cql"),
         ("discrete", "sac", "dqn"),
+        ("slate", "dqn", "slateQ"),
     ],
 )
 def test_an_algorithm_that_cannot_learn_from_the_actions_is_refused(
@@ -216,11 +217,31 @@ def test_an_algorithm_that_cannot_learn_from_the_actions_is_refused(
 ) -> None:
     actions = ["a", "b"] if space == "discrete" else []
     spec = {"actionSpace": space, "actions": actions, "algorithm": {algorithm: {}}, "data": {"decisionLog": "log"}}
+    if space == "slate":
+        spec["slate"] = {"size": 2}
     path = tmp_path / "job.yaml"
     document = {"apiVersion": "bluewhale.io/v1alpha1", "kind": "RLTrainingJob", "metadata": {"name": "x"}, "spec": spec}
     path.write_text(json.dumps(document))
     with pytest.raises(JobError, match=f"{algorithm} cannot learn from {space} actions: set one of {others}"):
         load_job(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slate": None}, "slate and actionSpace slate go together: set slate.size"),
+        ({"actionSpace": "parametric"}, "slate and actionSpace slate go together"),
+        ({"slate": {"size": 0}}, "greater than or equal to 1"),
+        ({"slate": {"size": 2, "choice": "reward"}}, "reward.metricWeights.reward: slate.choice is a place"),
+        ({"actions": ["a", "b"]}, "actions are discrete"),
+        ({"deploy": {"service": "shop"}}, "a policy over slate actions is exported, not rolled out"),
+    ],
+)
+def test_a_slate_has_a_size_and_a_metric_that_tells_what_was_chosen(changes: dict[str, Any], said: str) -> None:
+    spec = {"actionSpace": "slate", "slate": {"size": 2}, "algorithm": {"slateQ": {}}}
+    assert JobSpec.model_validate(spec).slate is not None
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        JobSpec.model_validate(spec | changes)
 
 
 @pytest.mark.parametrize(

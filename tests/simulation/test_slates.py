@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from components.training.algorithms.slate import SlateQ
+from contracts.job import SlateQ
 from simulation.slates import ENVIRONMENTS, InterestEvolution, LongTermSatisfaction, learn_from, play
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.training.algorithms.learner import Batch, Learner
+from components.training.algorithms.learner import Batch, BootstrappingLearner
 from components.training.network import QNetwork
 from contracts import job
 
@@ -84,7 +83,7 @@ class ActorCriticNetwork(nn.Module):
         return found
 
 
-class DDPGLearner(Learner):
+class DDPGLearner(BootstrappingLearner):
     """Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv 1509.02971, algorithm 1).
 
     Critics move towards r + discount * Q'(s', mu'(s')), of several the lowest; the actor towards what the critic values
@@ -92,13 +91,11 @@ class DDPGLearner(Learner):
     """
 
     network: ActorCriticNetwork
+    target: ActorCriticNetwork
 
     def __init__(self, network: ActorCriticNetwork, config: job.ActorCritic) -> None:
-        super().__init__(network)
+        super().__init__(network, config.target_update_rate)
         self.config = config
-        self.target = copy.deepcopy(network).requires_grad_(False)
-        self._slow: list[Tensor] = list(self.target.parameters())
-        self._fast: list[Tensor] = list(network.parameters())
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -125,13 +122,6 @@ class DDPGLearner(Learner):
         own = self.network.actor.unit(batch.state)
         logged, best = (self.network.critics(batch.state, action).amin(0) for action in (batch.action, own))
         return logged, best, self.network.actor.in_units(own)
-
-    def follow(self) -> None:
-        with torch.no_grad():
-            torch._foreach_lerp_(self._slow, self._fast, self.config.target_update_rate)
-
-    def catch_up(self) -> None:
-        self.target.load_state_dict(self.network.state_dict())
 
 
 class TD3Learner(DDPGLearner):

@@ -18,6 +18,7 @@ from components.training.algorithms.bandit import (
     UpperBounds,
 )
 from components.training.algorithms.learner import Learner
+from components.training.algorithms.slate import SlateNetwork, SlateQLearner
 from components.training.algorithms.values import (
     BCQLearner,
     BehaviourCloner,
@@ -42,7 +43,7 @@ def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, ac
     """The network that an algorithm trains, untrained.
 
     Raw features [B, F] -> a score for each discrete action [B, A], or a continuous action [B, D]; of described actions
-    (raw features [B, F], [B, G]) -> scores [B, 1].
+    (raw features [B, F], [B, G]) -> scores [B, 1], of items of slates [B, 2], as in `slate`.
     """
     graph, config = NormalizationGraph(normalization), algorithm.config
     if isinstance(config, job.ActorCritic):
@@ -51,6 +52,9 @@ def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, ac
     if actions.described is None:
         return Normalized(graph, _network(config, graph.outputs, len(actions.names)))
     of_actions = NormalizationGraph(actions.described)
+    if isinstance(config, job.SlateQ):
+        size, hidden = actions.slate or 1, config.hidden_layers
+        return NormalizedPairs(graph, of_actions, SlateNetwork(graph.outputs, of_actions.outputs, size, hidden))
     network = _network(config, graph.outputs + of_actions.outputs, 1, state_inputs=graph.outputs)
     return NormalizedPairs(graph, of_actions, network)
 
@@ -91,6 +95,8 @@ def build_learner(algorithm: job.Algorithm, policy: Normalized) -> Learner:
     match algorithm.config:
         case job.ActorCritic() as config:
             return actor_critic_learner(config, network)
+        case job.SlateQ() as config:
+            return SlateQLearner(network, config)
         case job.BehaviourCloning():
             return BehaviourCloner(network)
         case job.LinearBandit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass, fields
 
@@ -32,17 +33,19 @@ Possible = Tensor | Listed | None
 class Batch:
     """B transitions over F features, each over as many decisions as the algorithm looks ahead.
 
-    Actions are discrete (numbers below A), described (places among all T listed ones) or continuous (D numbers each).
+    Actions are discrete (numbers below A), described (places among all T listed ones), slates (k such places each) or
+    continuous (D numbers each).
     """
 
     state: Tensor  # float32 [B, F], normalized
-    action: Tensor  # int64 [B]; of continuous actions float32 [B, D] in [-1, 1]
+    action: Tensor  # int64 [B], of slates [B, k]; of continuous actions float32 [B, D] in [-1, 1]
     possible: Possible
     reward: Tensor  # float32 [B], the discounted sum over the decisions
     next_state: Tensor  # float32 [B, F]; any finite value where nothing follows
     next_action: Tensor  # like action, the logged one
     next_possible: Possible
     discount: Tensor  # float32 [B], what a value at the next state counts for: 0 where the MDP has ended
+    chosen: Tensor | None = None  # int64 [B], of slates: the place that was chosen, k where nothing was
 
     def split(self, size: int) -> list[Batch]:
         """The same in parts of so many transitions; of described actions, whose lists are of any length, the one."""
@@ -93,6 +96,27 @@ class Learner(nn.Module):
 
     def catch_up(self) -> None:
         """Let it be where the network is."""
+
+
+class BootstrappingLearner(Learner):
+    """A learner whose targets hold values of later states, by a copy of the network that follows it slowly.
+
+    The copy has no noise where layers are noisy.
+    """
+
+    def __init__(self, network: nn.Module, target_update_rate: float) -> None:
+        super().__init__(network)
+        self.target = copy.deepcopy(network).requires_grad_(False).eval()
+        self.target_update_rate = target_update_rate
+        self._slow: list[Tensor] = list(self.target.parameters())
+        self._fast: list[Tensor] = list(network.parameters())
+
+    def follow(self) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(self._slow, self._fast, self.target_update_rate)
+
+    def catch_up(self) -> None:
+        self.target.load_state_dict(self.network.state_dict())
 
 
 def score(network: nn.Module, state: Tensor, possible: Possible) -> Tensor:

@@ -1,45 +1,21 @@
-"""Slates: k of N items are shown, and people choose one of them or none."""
+"""Slates: of the items that a decision lists k are shown, and people choose one of them or none.
+
+Of each item two numbers are learned, and last those of choosing nothing: what it is worth if it is chosen, and its
+appeal, the logit of how likely that is (a conditional logit model).
+"""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from components.training.algorithms.learner import Batch, BootstrappingLearner, Listed
 from components.training.network import QNetwork
-from contracts.job import LearnerConfig
+from contracts.job import PolicyHead, SlateQ
 
 ROUNDS = 8
 """Of Dinkelbach's iteration, which rarely takes more than four."""
-
-
-class SlateQ(LearnerConfig):
-    """What SlateQ is learned with; a job has no slates yet, a log of them is learned from Python."""
-
-    next_slate: Literal["best", "logged"] = Field(
-        "best", description="Whose worth a target adds: that of the best slate, or of the logged one (SARSA)."
-    )
-    target_update_rate: float = Field(0.005, gt=0, le=1, description="Share of the new weights per target update.")
-
-
-@dataclass(frozen=True)
-class SlateBatch:
-    """B decisions over slates of k out of N items with G features each, beside a state of F features."""
-
-    state: Tensor  # float32 [B, F]
-    items: Tensor  # float32 [B, N, G]
-    slate: Tensor  # int64 [B, k], places among the items
-    chosen: Tensor  # int64 [B], place in the slate; k where nothing was chosen
-    reward: Tensor  # float32 [B]
-    next_state: Tensor  # float32 [B, F]; any finite value where nothing follows
-    next_items: Tensor  # float32 [B, N, G]
-    next_slate: Tensor  # int64 [B, k], the logged one
-    discount: Tensor  # float32 [B], 0 where the MDP has ended
 
 
 class SlateNetwork(nn.Module):
@@ -49,80 +25,185 @@ class SlateNetwork(nn.Module):
         super().__init__()
         self.slate = slate
         self.value, self.appeal = (QNetwork(state + item, 1, hidden_layers) for _ in range(2))
-        self.nothing = QNetwork(state, 2, hidden_layers) if state else None
+        self.of_nothing = QNetwork(state, 2, hidden_layers) if state else None
         self.bias = nn.Parameter(torch.zeros(2))
 
-    def forward(self, state: Tensor, items: Tensor) -> Tensor:
-        """state float32 [B, F], items float32 [B, N, G] -> the best slate, int64 [B, k]."""
-        return best_slate(*self.judge(state, items), self.slate)
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Normalized features of states and items side by side, float32 [T, S + G] -> [T, 2]."""
+        return torch.cat([self.value(pairs), self.appeal(pairs)], 1)
 
-    def judge(self, state: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and appeal (a logit) of each item and, last, of nothing: [B, N + 1] each."""
-        shown = torch.cat([state.unsqueeze(1).expand(-1, items.shape[1], -1), items], 2)
-        nothing = self.bias.expand(len(items), -1)
-        if self.nothing is not None:
-            nothing = nothing + self.nothing(state)
-        value = torch.cat([self.value(shown.flatten(0, 1)).view(items.shape[:2]), nothing[:, :1]], 1)
-        appeal = torch.cat([self.appeal(shown.flatten(0, 1)).view(items.shape[:2]), nothing[:, 1:]], 1)
-        return value, appeal
+    def nothing(self, state: Tensor) -> Tensor:
+        """float32 [B, S] -> [B, 2]."""
+        known = self.bias.expand(len(state), -1)
+        return known if self.of_nothing is None else known + self.of_nothing(state)
 
 
-def on_slate(judged: Tensor, slate: Tensor) -> Tensor:
-    """Of [B, N + 1] what belongs to the slate's items and, last, to nothing: [B, k + 1]."""
-    return torch.cat([judged.gather(1, slate), judged[:, -1:]], 1)
+def judge_lists(network: SlateNetwork, state: Tensor, listed: Listed) -> Tensor:
+    """All that each of B decisions lists, up to W items, and nothing: [B, W + 1, 2].
 
-
-def worth(value: Tensor, appeal: Tensor, slate: Tensor) -> Tensor:
-    """Of a slate, [B]: the choices' values, each as likely as its appeal makes it (equation 6 of the paper)."""
-    return (torch.softmax(on_slate(appeal, slate), 1) * on_slate(value, slate)).sum(1)
-
-
-def best_slate(value: Tensor, appeal: Tensor, size: int) -> Tensor:
-    """The slate that is worth most, int64 [B, size].
-
-    Its worth is a ratio of sums over its items, which Dinkelbach's iteration (1967) raises to the largest: what is
-    worth more than the slate so far counts by how likely it is chosen. The paper solves the same by linear programming.
+    A list that is shorter has items of no appeal, -inf, behind its own.
     """
+    found = network(torch.cat([state.index_select(0, listed.row), listed.features], 1))
+    lengths = torch.bincount(listed.row, minlength=listed.decisions)
+    place = torch.arange(len(found), device=found.device) - (lengths.cumsum(0) - lengths).index_select(0, listed.row)
+    none = torch.tensor([0.0, -torch.inf], device=found.device)
+    judged = none.repeat(listed.decisions, int(lengths.max()), 1).index_put((listed.row, place), found)
+    return torch.cat([judged, network.nothing(state).unsqueeze(1)], 1)
+
+
+def judge_slates(network: SlateNetwork, state: Tensor, slate: Tensor, listed: Listed) -> Tensor:
+    """The items of slates [B, k], places among all listed ones, and nothing: [B, k + 1, 2]."""
+    features = listed.features.index_select(0, slate.flatten())
+    known = state.repeat_interleave(slate.shape[1], 0)
+    found = network(torch.cat([known, features], 1)).view(*slate.shape, 2)
+    return torch.cat([found, network.nothing(state).unsqueeze(1)], 1)
+
+
+def on_slates(judged: Tensor, slate: Tensor) -> Tensor:
+    """Of [B, W + 1, 2] the items of slates [B, k], which are places in the lists, and nothing: [B, k + 1, 2]."""
+    return torch.cat([judged.gather(1, slate.unsqueeze(2).expand(-1, -1, 2)), judged[:, -1:]], 1)
+
+
+def worth(shown: Tensor) -> Tensor:
+    """Of slates, [B, k + 1, 2] -> [B]: the choices' values, each as likely as its appeal makes it (equation 6)."""
+    value, appeal = shown.unbind(2)
+    return (torch.softmax(appeal, 1) * value).sum(1)
+
+
+def gains(judged: Tensor, size: int) -> Tensor:
+    """What each item adds to the worth of a slate of `size`, [B, W + 1, 2] -> [B, W]; -inf where there is no item.
+
+    The items that add most are the slate that is worth most. Its worth is a ratio of sums over its items, which
+    Dinkelbach's iteration (1967) raises to the largest: what is worth more than the slate so far counts by how likely
+    it is chosen. The paper solves the same by linear programming.
+    """
+    value, appeal = judged.unbind(2)
     mass = torch.exp((appeal - appeal.amax(1, keepdim=True)).clamp(min=-60.0))
 
     def beyond(level: Tensor) -> Tensor:
-        return (mass[:, :-1] * (value[:, :-1] - level.unsqueeze(1))).topk(size, dim=1).indices
+        there = appeal[:, :-1] > -torch.inf
+        return torch.where(there, mass[:, :-1] * (value[:, :-1] - level.unsqueeze(1)), -torch.inf)
 
     level = value[:, -1]
-    for _ in range(ROUNDS - 1):
-        slate = beyond(level)
-        shares = on_slate(mass, slate)
-        level = (shares * on_slate(value, slate)).sum(1) / shares.sum(1)
-    return beyond(level)
+    for _ in range(ROUNDS):
+        shown = torch.stack([value, mass], 2)
+        value_shown, shares = on_slates(shown, beyond(level).topk(size, 1).indices).unbind(2)
+        total = shares.sum(1)
+        level = (shares * value_shown).sum(1) / total
+    return beyond(level) / total.unsqueeze(1)
 
 
-class SlateQLearner(nn.Module):
+def best_slate(judged: Tensor, size: int) -> Tensor:
+    """Of all slates of `size` items the one that is worth most: places in the lists, int64 [B, size]."""
+    return gains(judged, size).topk(size, 1).indices
+
+
+class SlateHead(nn.Module):
+    """A policy over slates of k items from what each adds, its gain.
+
+    The best k, most first; or one after another from a softmax over the gains of those that are left (Plackett and
+    Luce); or with probability epsilon k of them by chance.
+    """
+
+    def __init__(self, chosen: PolicyHead, size: int) -> None:
+        super().__init__()
+        self.chosen, self.size = chosen, size
+
+    def forward(self, gain: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """gain float [B, W], uniform [B, k + 1] in [0, 1) -> a slate int64 [B, k], and the best one."""
+        best = gain.topk(self.size, 1).indices
+        if self.chosen.policy == "greedy":
+            return best, best
+        drawn = self._draw(gain, uniform)
+        if self.chosen.policy == "epsilonGreedy":
+            drawn = torch.where(uniform[:, -1:] < self.chosen.epsilon, drawn, best)
+        return drawn, best
+
+    def _draw(self, gain: Tensor, uniform: Tensor) -> Tensor:
+        left, places = self._logits(gain), []
+        for j in range(self.size):
+            cumulative = torch.softmax(left, 1).cumsum(1)
+            passed = cumulative <= uniform[:, j : j + 1].clamp(max=1 - 2**-24) * cumulative[:, -1:]
+            places.append(passed.to(torch.int64).sum(1, keepdim=True).clamp(max=gain.shape[1] - 1))
+            left = left.scatter(1, places[-1], -torch.inf)
+        return torch.cat(places, 1)
+
+    def _logits(self, gain: Tensor) -> Tensor:
+        if self.chosen.policy == "softmax":
+            return gain / self.chosen.temperature
+        return torch.where(gain > -torch.inf, 0.0, gain)
+
+    def samples(self, gain: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Slates that stand for all that the policy may show: int64 [B, S, k], and what each of S counts for, [S]."""
+        best = gain.topk(self.size, 1).indices
+        if self.chosen.policy == "greedy":
+            return best.unsqueeze(1), gain.new_ones(1)
+        drawn = [self._draw(gain, torch.rand(len(gain), self.size, generator=generator)) for _ in range(draws)]
+        counts = gain.new_full((draws,), 1 / draws)
+        if self.chosen.policy == "epsilonGreedy":
+            drawn, counts = (
+                [best, *drawn],
+                torch.cat([gain.new_ones(1) - self.chosen.epsilon, counts * self.chosen.epsilon]),
+            )
+        return torch.stack(drawn, 1), counts
+
+    def probability(self, gain: Tensor, slate: Tensor, item: Tensor | None = None) -> Tensor:
+        """How likely slates [B, k] are shown, in their order: [B].
+
+        With the number of each `item`, int64 [B, W], those that are one item to people are one here.
+        """
+        if item is None:
+            item = torch.arange(gain.shape[1], device=gain.device).expand_as(gain)
+        shown = item.gather(1, slate)
+        best = item.gather(1, gain.topk(self.size, 1).indices)
+        greedy = (shown == best).all(1).to(gain.dtype)
+        if self.chosen.policy == "greedy":
+            return greedy
+        left, drawn = self._logits(gain), torch.ones_like(greedy)
+        for j in range(self.size):
+            drawn = drawn * (torch.softmax(left, 1) * (item == shown[:, j : j + 1])).sum(1)
+            left = left.scatter(1, slate[:, j : j + 1], -torch.inf)
+        if self.chosen.policy == "softmax":
+            return drawn
+        return (1 - self.chosen.epsilon) * greedy + self.chosen.epsilon * drawn
+
+
+class SlateQLearner(BootstrappingLearner):
     """SlateQ (Ie et al. 2019, arXiv 1905.12767, equations 6, 17 and 19).
 
     The value of what was chosen moves towards r + discount * the worth of the next slate, the best one or the logged.
     A conditional logit model of the choice is learned beside.
     """
 
-    def __init__(self, network: SlateNetwork, config: SlateQ) -> None:
-        super().__init__()
-        self.network, self.config = network, config
-        self.target = copy.deepcopy(network).requires_grad_(False)
-        self._slow: list[Tensor] = list(self.target.parameters())
-        self._fast: list[Tensor] = list(network.parameters())
+    network: SlateNetwork
+    target: SlateNetwork
 
-    def forward(self, batch: SlateBatch) -> tuple[Tensor, Tensor]:
+    def __init__(self, network: SlateNetwork, config: SlateQ) -> None:
+        super().__init__(network, config.target_update_rate)
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch.possible, Listed)
+        assert isinstance(batch.next_possible, Listed)
+        assert batch.chosen is not None
         with torch.no_grad():
-            value, appeal = self.target.judge(batch.next_state, batch.next_items)
-            following = batch.next_slate
             if self.config.next_slate == "best":
-                following = best_slate(value, appeal, batch.slate.shape[1])
-            wanted = batch.reward + batch.discount * worth(value, appeal, following)
-        value, appeal = (on_slate(each, batch.slate) for each in self.network.judge(batch.state, batch.items))
+                judged = judge_lists(self.target, batch.next_state, batch.next_possible)
+                following = on_slates(judged, best_slate(judged, self.network.slate))
+            else:
+                following = judge_slates(self.target, batch.next_state, batch.next_action, batch.next_possible)
+            wanted = batch.reward + batch.discount * worth(following)
+        value, appeal = judge_slates(self.network, batch.state, batch.action, batch.possible).unbind(2)
         q = value.gather(1, batch.chosen.unsqueeze(1)).squeeze(1)
         # Squared, not Huber's: of skewed rewards, such as the time that people stay, the mean is wanted.
         loss = functional.mse_loss(q, wanted) + functional.cross_entropy(appeal, batch.chosen)
         return loss, q.detach()
 
-    def follow(self) -> None:
-        with torch.no_grad():
-            torch._foreach_lerp_(self._slow, self._fast, self.config.target_update_rate)
+    def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of the choices made, [B], and what the best slates are worth, [B], and those: places [B, k]."""
+        assert isinstance(batch.possible, Listed)
+        assert batch.chosen is not None
+        judged = judge_lists(self.network, batch.state, batch.possible)
+        own = best_slate(judged, self.network.slate)
+        shown = judge_slates(self.network, batch.state, batch.action, batch.possible)[:, :, 0]
+        return shown.gather(1, batch.chosen.unsqueeze(1)).squeeze(1), worth(on_slates(judged, own)), own

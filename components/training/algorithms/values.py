@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from components.training.algorithms.learner import (
     Batch,
+    BootstrappingLearner,
     Learner,
     best,
     logsumexp,
@@ -31,20 +30,16 @@ class BehaviourCloner(Learner):
         return loss, taken(scores, batch.action, batch.possible).detach()
 
 
-class DQNLearner(Learner):
+class DQNLearner(BootstrappingLearner):
     """Deep Q-learning (Mnih et al. 2015): Huber's loss of Q(s, a) against r + discount * Q'(s', a').
 
     Q' follows Q slowly. a' is the best action at s' by Q when double (van Hasselt et al. 2016, arXiv 1509.06461,
-    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen. Q' has no
-    noise where layers are noisy.
+    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen.
     """
 
     def __init__(self, network: nn.Module, config: job.QLearning) -> None:
-        super().__init__(network)
-        self.target = copy.deepcopy(network).requires_grad_(False).eval()
+        super().__init__(network, config.target_update_rate)
         self.config = config
-        self._slow: list[Tensor] = list(self.target.parameters())
-        self._fast: list[Tensor] = list(network.parameters())
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -65,13 +60,6 @@ class DQNLearner(Learner):
     def value_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Q(s, a) of the logged actions, [B], and what the loss has beside the temporal difference."""
         return score_taken(self.network, batch.state, batch.action, batch.possible), None
-
-    def follow(self) -> None:
-        with torch.no_grad():
-            torch._foreach_lerp_(self._slow, self._fast, self.config.target_update_rate)
-
-    def catch_up(self) -> None:
-        self.target.load_state_dict(self.network.state_dict())
 
 
 class CQLLearner(DQNLearner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,20 @@ def test_numbers_that_describe_an_action_become_its_features(tmp_path):
     assert found == [(9.0, None), (5.0, 1.0), (None, None)]
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["features"], record["action_features"]) == (["x"], ["blue", "price", "size"])
+
+
+def test_the_items_of_a_list_become_a_slates_features(tmp_path):
+    spec = JobSpec.model_validate({"actionSpace": "slate", "slate": {"size": 1}})
+    directory = timeline(tmp_path / "timeline", [row("m", i, state_x=float(i)) for i in range(40)])
+    numbers = pa.list_(pa.map_(pa.string(), pa.float64()))
+    shown, listed = [[("price", 1.0)]], [[("price", 1.0)], [("price", 2.0), ("blue", 1.0)]]
+    file = directory / "transitions" / "part.parquet"
+    table = pq.read_table(file).append_column("action", pa.array([shown] * 40, numbers))
+    pq.write_table(table.append_column("possible_actions", pa.array([listed] * 40, numbers)), file)
+    join_features(spec, directory, tmp_path / "out")
+    found = Counter((r["action_feature_price"], r["action_feature_blue"]) for r in joined(tmp_path / "out"))
+    assert found.keys() == {(1.0, None), (2.0, 1.0)}
+    assert min(found.values()) > 8
 
 
 def test_the_online_store_goes_on_from_where_it_was(shop: Path, tmp_path: Path) -> None:

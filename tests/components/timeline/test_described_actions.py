@@ -99,3 +99,65 @@ def test_parquet_holds_them_as_maps(tmp_path):
 def test_a_job_names_actions_where_they_are_discrete(spec, message):
     with pytest.raises(ValueError, match=message):
         JobSpec.model_validate(spec)
+
+
+CHAIR = {"price": 90.0, "blue": 0.5}
+
+
+def slates(**data: Any) -> JobSpec:
+    document = {"actionSpace": "slate", "slate": {"size": 2}, "data": {"maxQuarantineFraction": 1.0, **data}}
+    return JobSpec.model_validate(document)
+
+
+def shown(step: int, **changes: Any) -> dict[str, Any]:
+    given = {"action": [SOFA, LAMP], "possible_actions": [LAMP, CHAIR, SOFA], "metrics": {"reward": 1.0, "choice": 2.0}}
+    return decision(step, **given | changes)
+
+
+def test_the_next_slate_follows(tmp_path):
+    rows, rejected = build(slates(), [shown(0), shown(1, action=[LAMP, CHAIR])], tmp_path)
+    assert rejected == []
+    assert [[dict(item) for item in row["action"]] for row in rows] == [[SOFA, LAMP], [LAMP, CHAIR]]
+    assert [dict(item) for item in rows[0]["next_action"]] == [LAMP, CHAIR]
+    assert [dict(item) for item in rows[0]["possible_next_actions"]] == [LAMP, CHAIR, SOFA]
+
+
+def test_a_slate_that_cannot_be_used_has_its_reason(tmp_path):
+    bad = [
+        ("missing_action", {"action": None}),
+        ("missing_action", {"action": []}),
+        ("slate_of_other_size", {"action": [SOFA]}),
+        ("missing_possible_actions", {"possible_actions": None}),
+        ("non_finite_action", {"action": [SOFA, LAMP | {"blue": "NaN"}]}),
+        ("non_finite_action", {"possible_actions": [SOFA, LAMP, {"price": "Infinity"}]}),
+        ("action_not_possible", {"action": [SOFA, {"price": 1.0}]}),
+        ("action_not_possible", {"action": [SOFA, SOFA]}),
+        ("action_not_possible", {"possible_actions": []}),
+        ("unreadable_action", {"action": [SOFA, {"price": "cheap"}]}),
+        ("choice_not_on_slate", {"metrics": {"choice": 3.0}}),
+        ("choice_not_on_slate", {"metrics": {"choice": 0.5}}),
+        ("choice_not_on_slate", {"metrics": {"choice": -1.0}}),
+    ]
+    rows, rejected = build(
+        slates(), [shown(0), *[shown(i + 1, **change) for i, (_, change) in enumerate(bad)]], tmp_path
+    )
+    found = {row["sequence_number"]: row["quarantine_reason"] for row in rejected}
+    assert found == {i + 1: reason for i, (reason, _) in enumerate(bad)}
+    assert len(rows) == 1
+
+
+def test_nothing_may_be_chosen_and_items_may_be_alike(tmp_path):
+    twice = {"action": [LAMP, LAMP], "possible_actions": [LAMP, SOFA, LAMP]}
+    rows, rejected = build(
+        slates(), [shown(0, metrics={"reward": 0.0}), shown(1, metrics={"choice": 0.0}), shown(2, **twice)], tmp_path
+    )
+    assert (len(rows), rejected) == (3, [])
+
+
+def test_what_was_chosen_may_be_reported_later(tmp_path):
+    outcome = {"mdp_id": "m", "sequence_number": 0, "event_time": "2026-01-01T01:00:00Z", "metrics": {"choice": 1.0}}
+    (tmp_path / "outcomes.jsonl").write_text(json.dumps(outcome) + "\n")
+    (tmp_path / "log.jsonl").write_text(json.dumps(shown(0, metrics={"reward": 1.0})) + "\n")
+    build_timeline(slates(), str(tmp_path / "log.jsonl"), str(tmp_path / "outcomes.jsonl"), tmp_path / "out")
+    [row] = pq.read_table(tmp_path / "out" / "transitions").to_pylist()
+    assert dict(row["metrics"]) == {"reward": 1.0, "choice": 1.0}

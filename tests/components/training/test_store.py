@@ -95,11 +95,11 @@ def test_a_discount_of_its_own_for_each_decision() -> None:
 
 @pytest.fixture
 def mapped(tmp_path: Path) -> Transitions:
-    """500 states in a file, where some actions are not possible."""
+    """500 states in a file, where some actions are not possible, and something was chosen each time."""
     rng = np.random.default_rng(0)
     np.save(tmp_path / "state.npy", rng.normal(size=(500, 1)).astype(np.float32))
     data = transitions(500, truncated=[499], state=np.load(tmp_path / "state.npy", mmap_mode="c"))
-    return replace(data, possible=rng.random((500, 2)) < 0.8)
+    return replace(data, possible=rng.random((500, 2)) < 0.8, chosen=rng.integers(3, size=500))
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -46,6 +46,14 @@ PRICE: dict[str, Any] = {
 }
 
 
+SLATES: dict[str, Any] = {
+    "actions": [],
+    "actionSpace": "slate",
+    "slate": {"size": 2},
+    "algorithm": {"slateQ": {}},
+}
+
+
 def sweep(**parameter: Any) -> Object:
     return {"parameters": {"algorithm.dqn.learningRate": parameter}}
 
@@ -56,6 +64,7 @@ FIXED_IN_A_JOB: dict[str, Any] = {
     "seed": 1,
     "data": {"decisionLog": "other.parquet"},
     "actionSpace": "parametric",
+    "slate": {"size": 2},
     "reward": {"metricWeights": {"clicks": 1.0}},
     "normalization": {"overrides": {"x": "enum"}},
     "understanding": {"require": ["action_effect"]},
@@ -162,9 +171,20 @@ CASES = [
         job(**PRICE),
         job(actionBounds=PRICE["actionBounds"]),
     ),
+    Case(
+        "slate and actionSpace slate go together",
+        job(**SLATES),
+        job(**{name: value for name, value in SLATES.items() if name != "slate"}),
+    ),
+    Case("slate and actionSpace slate go together", job(), job(slate={"size": 2})),
+    Case(
+        "slate.choice is a place in the slate",
+        job(**SLATES),
+        job(**SLATES | {"reward": {"metricWeights": {"choice": 1.0}}}),
+    ),
     Case("low must be below high", job(**PRICE), job(**PRICE | {"actionBounds": {"price": {"low": 1.0, "high": 1.0}}})),
     Case(
-        "a policy over described or continuous actions is exported, not rolled out",
+        "only a policy over named actions is rolled out",
         job(deploy={"service": "shop"}),
         job(**PRICE, deploy={"service": "shop"}),
     ),
