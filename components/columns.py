@@ -23,11 +23,13 @@ BATCH_ROWS = 65_536
 DESCRIPTION, LISTS = "columns.json", ("described", "offsets", "items", "logged")
 Make = Callable[[str, type, tuple[int, ...]], np.ndarray]
 """(name, type, shape) -> room for an array."""
+Choose = Callable[[list[str], np.ndarray], np.ndarray]
+"""(ids of MDPs, sorted, and how many rows each has) -> bool, which of them are read."""
 
 
-def load_transitions(features: str | Path, spec: JobSpec) -> Transitions:
-    """All of the training data, in memory; raises `StageError` where there is none."""
-    return _read(Path(features), spec, lambda _, dtype, shape: np.empty(shape, dtype))
+def load_transitions(features: str | Path, spec: JobSpec, choose: Choose | None = None) -> Transitions:
+    """The training data in memory, all or the chosen MDPs of it; raises `StageError` where there is none."""
+    return _read(Path(features), spec, lambda _, dtype, shape: np.empty(shape, dtype), choose)
 
 
 def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
@@ -51,7 +53,7 @@ def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
             raise StageError(f"training: no room to lay out {size:,} bytes in {path}: {error.strerror}") from None
         return made[-1]
 
-    found = _read(Path(features), spec, in_file, held_out_too=False)
+    found = _read(Path(features), spec, in_file, lambda mdp_ids, _: ~check_held_out(mdp_ids, spec), say=True)
     for array in made:
         array.flush()
     description: dict[str, Any] = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
@@ -77,7 +79,7 @@ def open_columns(directory: Path) -> tuple[Transitions, str]:
     return Transitions(**description, **{"possible": None, **arrays}, mdp_ids=[]), digest
 
 
-def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) -> Transitions:
+def _read(features: Path, spec: JobSpec, make: Make, choose: Choose | None, say: bool = False) -> Transitions:
     """The rows sorted by MDP and ordinal, in two passes: their keys, which say where each row goes, and the rest."""
     record = read_record(features)
     data = ds.dataset(features / "training", format="parquet")
@@ -94,8 +96,8 @@ def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) 
     mdp_ids, metric_names = sorted(known), sorted(metrics - {spec.slate.choice} if spec.slate else metrics)
     mdp = np.argsort([known[mdp_id] for mdp_id in mdp_ids])[mdp]
     order = np.lexsort((ordinal, mdp))
-    if not held_out_too:
-        order = order[~check_held_out(mdp_ids, spec)[mdp[order]]]
+    if choose:
+        order = order[choose(mdp_ids, np.bincount(mdp))[mdp[order]]]
     place = np.full(total, -1)
     place[order] = np.arange(len(order))
 
@@ -128,7 +130,7 @@ def _read(features: Path, spec: JobSpec, make: Make, held_out_too: bool = True) 
             if name not in arrays:
                 arrays[name] = make(name, values.dtype.type, (len(order), *values.shape[1:]))
             arrays[name][to] = values
-        if not held_out_too:
+        if say:
             report(rows.stop, total, "laying out columns")
     for name, values in (("mdp", mdp), ("ordinal", ordinal)):
         arrays[name] = make(name, np.int64, (len(order),))

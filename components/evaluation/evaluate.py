@@ -42,8 +42,7 @@ def evaluate(
     """
     read_record(training)
     with stage("evaluation", output) as (directory, facts):
-        everything = load_transitions(features, spec)
-        train, held_out = everything.split(spec)
+        train, held_out = load_transitions(features, spec).split(spec)
         held_out, excluded = _whole_mdps(held_out)
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")

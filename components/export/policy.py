@@ -21,12 +21,15 @@ from contracts.job import JobSpec, PolicyHead
 from contracts.progress import report
 from contracts.stage import read_record, stage
 
+CHECKED_ROWS = 10_000
+
+
 def export_policy(spec: JobSpec, features: str | Path, training: str | Path, output: str | Path) -> None:
     """Write `model_repository/` with the last epoch's policy; raises `StageError` when ONNX and torch disagree."""
     read_record(training)
     with stage("export", output) as (directory, facts):
         bundle = read_bundle(Path(training) / "policy")
-        data = load_transitions(features, spec)
+        data = load_transitions(features, spec, lambda _, lengths: np.cumsum(lengths) - lengths < CHECKED_ROWS)
         report(0, 1, "ONNX")
         facts |= write_version(
             directory / "model_repository",
@@ -35,7 +38,7 @@ def export_policy(spec: JobSpec, features: str | Path, training: str | Path, out
             features=bundle.normalization.inputs,
             actions=bundle.actions,
             digest=bundle.digest,
-            states=data.state[:10_000],
+            states=data.state[:CHECKED_ROWS],
             items=data.possible.described if isinstance(data.possible, Lists) else None,
             backend=spec.export.backend,
         )

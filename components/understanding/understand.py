@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from components.columns import load_transitions
+from components.columns import Choose, load_transitions
 from components.normalization.spec import NormalizationSpec
-from components.transitions import Transitions
+from components.transitions import check_held_out
 from components.understanding.dynamics import (
     Expectation,
     Outcomes,
@@ -64,13 +64,10 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
     """
     with stage("understanding", output) as (directory, facts):
         settings = spec.understanding
-        everything = load_transitions(features, spec)
+        train = load_transitions(features, spec, training_sample(spec))
         if spec.evaluation.gate.metric != REWARD:
             # Asked here, since hours of training would go before the gate does.
-            everything.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
-        train, _ = everything.split(spec)
-        del everything
-        train = sample(train, settings.sample_rows, spec.seed)
+            train.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         data = outcomes(
             train, NormalizationSpec.read(Path(normalization) / "spec.json"), train.reward(spec.reward.metric_weights)
         )
@@ -89,13 +86,17 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
                 raise StageError(f"understanding.require: {name}: {check['verdict']}: {check['reason']}")
 
 
-def sample(data: Transitions, rows: int, seed: int) -> Transitions:
-    """Whole MDPs, by their hash, until there are about `rows` rows."""
-    places = np.array([unit_interval(f"understanding-{seed}", mdp) for mdp in data.mdp_ids])
-    counts = np.bincount(data.mdp, minlength=len(places))
-    order = np.argsort(places)
-    kept = order[np.cumsum(counts[order]) - counts[order] < rows]
-    return data.select(np.flatnonzero(np.isin(data.mdp, kept)))
+def training_sample(spec: JobSpec) -> Choose:
+    """Training MDPs, by their hash, until there are about as many rows as the job says."""
+
+    def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
+        train = np.flatnonzero(~check_held_out(mdp_ids, spec))
+        order = train[np.argsort([unit_interval(f"understanding-{spec.seed}", mdp_ids[i]) for i in train])]
+        chosen = np.zeros(len(mdp_ids), bool)
+        chosen[order[np.cumsum(lengths[order]) - lengths[order] < spec.understanding.sample_rows]] = True
+        return chosen
+
+    return choose
 
 
 def _examine(data: Outcomes, mdp_ids: list[str], steps: int, seed: int) -> dict[str, Any]:

@@ -160,3 +160,18 @@ def test_a_slate_of_what_is_not_listed_is_refused(features: Path, spec: JobSpec)
     pq.write_table(table, file)
     with pytest.raises(StageError, match="own action is not among them"):
         load_transitions(features, spec)
+
+
+@pytest.mark.parametrize("spec", ["discrete", "parametric"], indirect=True)
+def test_of_chosen_mdps_no_other_is_read(features: Path, spec: JobSpec) -> None:
+    whole = load_transitions(features, spec)
+
+    def every_seventh(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
+        assert mdp_ids == whole.mdp_ids
+        assert lengths.tolist() == [STEPS] * MDPS
+        return np.arange(MDPS) % 7 == 2
+
+    some = load_transitions(features, spec, every_seventh)
+    wanted = whole.select(np.flatnonzero(whole.mdp % 7 == 2))
+    for name, array in arrays(wanted).items():
+        np.testing.assert_array_equal(arrays(some)[name], array, err_msg=name)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.transitions import Transitions
+from components.transitions import Transitions, held_out
 from components.understanding.dynamics import Outcomes, likely_action, outcomes
 from components.understanding.page import figure, read_understanding
-from components.understanding.understand import _examine, judge, sample, shares, understand
+from components.understanding.understand import _examine, judge, shares, training_sample, understand
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError, read_record, stage
 
@@ -252,12 +252,16 @@ class TestWhatIsKnownAndWhatFollows:
         data.state[::3] = np.nan
         assert "inconclusive" not in verdicts(examined(data, steps=50))["state_effect"]
 
-    def test_a_sample_is_of_whole_mdps_and_about_as_large_as_asked(self) -> None:
-        data = process(100, 8)
-        taken = sample(data, 500, 0)
-        assert len(taken) == 500
-        assert (np.bincount(taken.mdp)[np.unique(taken.mdp)] == LENGTH).all()
-        assert len(sample(data, 10**6, 0)) == len(data)
+    def test_a_sample_is_of_training_mdps_and_about_as_large_as_asked(self) -> None:
+        ids, lengths = [f"mdp-{i}" for i in range(1000)], np.full(1000, 7)
+        settings = {"actions": ["a", "b"], "understanding": {"sampleRows": 500}}
+        spec = JobSpec.model_validate(settings)
+        out = held_out(ids, spec)
+        chosen = training_sample(spec)(ids, lengths)
+        assert chosen.sum() == 72
+        assert not (chosen & out).any()
+        whole = JobSpec.model_validate(settings | {"understanding": {"sampleRows": 10**6}})
+        assert (training_sample(whole)(ids, lengths) == ~out).all()
 
 
 @pytest.fixture(scope="module")
