@@ -289,7 +289,7 @@ class QLearning(LearnerConfig):
         True, description="Let the online network choose the next action, the target network value it."
     )
     dueling: bool = Field(True, description="Learn the state's value apart from the actions' advantages.")
-    noisy: bool = Field(False, description="Noise on the weights in training, whose size is learned with them.")
+    noisy: bool = Field(False, description="Noise on the heads' weights in training, whose size is learned with them.")
     next_action: Literal["best", "logged"] = Field(
         "best", description="Whose value a target adds: that of the best possible action, or of the logged one (SARSA)."
     )
@@ -635,7 +635,12 @@ class Evaluation(Model):
 
     confidence: Fraction = Field(0.95, description="Level of the bootstrap intervals.")
     bootstrap_samples: int = Field(1000, ge=100, description="Resamples of the held-out MDPs.")
-    fitted_q_steps: int = Field(1500, ge=1, description="Optimizer steps of each fitted model of the values.")
+    fitted_q_steps: int = Field(
+        1500,
+        ge=1,
+        description="Optimizer steps of each fitted model of the values, at least; a first one takes as many as the "
+        "discount's reach needs.",
+    )
     gate: Gate = Field(Gate(), description="What a policy must be shown to reach before it is exported to a rollout.")
 
 

@@ -5,6 +5,7 @@ A user is shown a slate of k out of N items, which are drawn anew for each decis
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from contracts.job import SlateQ
 
 CANDIDATES, SLATE = 10, 2
 DISCOUNT = 0.99
-LOGGED = ("mdp_id", "sequence_number", "state_features", "action", "possible_actions", "metrics")
+LOGGED = ("mdp_id", "sequence_number", "state_features", "action", "action_probability", "possible_actions", "metrics")
 Observation = dict[str, Any]
 
 
@@ -203,7 +204,7 @@ class SlateLog:
         return Batch(state, action, possible, reward, next_state, next_action, next_possible, discount, chosen)
 
     def decisions(self) -> pa.Table:
-        """The same as a product would log it."""
+        """The same as a product would log it that shows random slates."""
         items = [[_named("item", item) for item in items] for items in self.items.tolist()]
         choice = np.where(self.chosen == SLATE, 0, self.chosen + 1)
         metrics = zip(self.reward.tolist(), choice.tolist(), strict=True)
@@ -213,6 +214,7 @@ class SlateLog:
                 "sequence_number": self.step,
                 "state_features": [_named("user", user) for user in self.user.tolist()],
                 "action": [[shown[i] for i in slate] for shown, slate in zip(items, self.slate.tolist(), strict=True)],
+                "action_probability": np.full(len(items), 1 / math.perm(CANDIDATES, SLATE)),
                 "possible_actions": items,
                 "metrics": [[("reward", reward), ("choice", place)] for reward, place in metrics],
             },

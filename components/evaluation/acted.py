@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from components.evaluation.choices import ChoiceModel
 from components.training.algorithms.actor_critic import Actor, ActorCriticNetwork
-from components.training.algorithms.learner import Listed
-from components.training.algorithms.slate import SlateHead, SlateNetwork, gains, judge_lists
 from components.training.bundle import Bundle
 from components.training.network import Head, NormalizedPairs
 from components.training.store import normalized
@@ -20,29 +16,26 @@ from components.transitions import Lists, Transitions
 
 PAIRS = 1_000_000
 """Pairs of state and action that are scored at a time."""
-DRAWS = 4
-"""Slates that are drawn of each decision, where a policy draws: means over decisions are what they are for."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of N decisions the actions that a policy may take, end to end, each with G normalized features.
+    """Of N decisions the actions that a policy may take, end to end, which are some of I with G normalized features."""
 
-    Of slates it is what people may choose from them, an item or nothing, that values are of.
-    """
-
-    features: Tensor  # float32 [T, G]
+    described: Tensor  # float32 [I, G]
+    items: Tensor  # int64 [T], which of them
     offsets: np.ndarray  # int64 [N + 1]
     probability: Tensor  # float32 [T]
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the rows [B]: which of them each action belongs to, its features, its probability."""
-        starts = torch.from_numpy(self.offsets)[rows]
-        lengths = torch.from_numpy(np.diff(self.offsets))[rows]
+        offsets = torch.from_numpy(self.offsets)
+        starts = offsets[rows]
+        lengths = offsets[rows + 1] - starts
         row = torch.repeat_interleave(torch.arange(len(rows)), lengths)
         begins = lengths.cumsum(0) - lengths
         places = (starts - begins)[row] + torch.arange(len(row))
-        return row, self.features[places], self.probability[places]
+        return row, self.described[self.items[places]], self.probability[places]
 
 
 def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
@@ -53,118 +46,38 @@ def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
 
 
 def logged_features(bundle: Bundle, data: Transitions) -> Tensor:
-    """Normalized features of the logged actions, or of what was chosen from the logged slates, float32 [N, G]."""
-    if data.chosen is not None:
-        choices = with_nothing(logged_items(bundle, data))
-        return choices[torch.arange(len(data)), torch.from_numpy(data.chosen)]
+    """Normalized features of the logged actions, float32 [N, G], where actions are described or continuous."""
     if isinstance(data.possible, Lists):
-        return logged_items(bundle, data)
+        return described(bundle, data.possible.described)[torch.from_numpy(data.possible.taken(data.action))]
     return _actor(bundle).as_unit(torch.from_numpy(data.action))
 
 
-def logged_items(bundle: Bundle, data: Transitions) -> Tensor:
-    """Normalized features of the described actions that were taken, float32 [N, G], of slates [N, k, G]."""
-    lists = data.possible
-    assert isinstance(lists, Lists)
-    return _described(bundle, lists.described)[torch.from_numpy(lists.taken(data.action))]
+def one_each(features: Tensor) -> Plan:
+    """To take the one action, of features [N, G], in each decision."""
+    n = len(features)
+    return Plan(features, torch.arange(n), np.arange(n + 1), torch.ones(n))
 
 
-def with_nothing(items: Tensor) -> Tensor:
-    """float32 [N, k, G] -> [N, k + 1, G + 1]: the items and, last, nothing, which the last feature is 1 of."""
-    nothing = torch.zeros(len(items), items.shape[1] + 1, items.shape[2] + 1)
-    nothing[:, :-1, :-1] = items
-    nothing[:, -1, -1] = 1
-    return nothing
-
-
-def logged_plan(bundle: Bundle, data: Transitions, choices: ChoiceModel | None) -> Plan:
-    """What was done, in a form as if it were planned."""
-    if choices is None:
-        return Plan(logged_features(bundle, data), np.arange(len(data) + 1), torch.ones(len(data)))
-    states = normalized(bundle.network.normalization, data.state)
-    return _chosen_from(states, logged_items(bundle, data).unsqueeze(1), torch.ones(1), choices)
-
-
-def plan(bundle: Bundle, data: Transitions, choices: ChoiceModel | None = None) -> Plan:
-    """What the policy would do where actions have no names; of slates `choices` says what people would."""
-    if choices is not None:
-        return _plan_slates(bundle, data, choices)
+def plan(bundle: Bundle, data: Transitions) -> Plan:
+    """What the policy would do where actions are described or continuous."""
     with torch.no_grad():
         if not isinstance(data.possible, Lists):
             states = torch.from_numpy(data.state)
-            unit = _actor(bundle).as_unit(bundle.network(states))
-            return Plan(unit, np.arange(len(data) + 1), torch.ones(len(data)))
+            return one_each(_actor(bundle).as_unit(bundle.network(states)))
         lists, network = data.possible, bundle.network
         assert isinstance(network, NormalizedPairs)
-        features = _described(bundle, lists.described)[torch.from_numpy(lists.items)]
+        features, items = described(bundle, lists.described), torch.from_numpy(lists.items)
         states = normalized(network.normalization, data.state)
         row = np.repeat(np.arange(len(data)), np.diff(lists.offsets))
         rows = torch.from_numpy(row)
         scores = torch.cat(
             [
-                network.network(torch.cat([states[rows[i : i + PAIRS]], features[i : i + PAIRS]], 1))
+                network.network(torch.cat([states[rows[i : i + PAIRS]], features[items[i : i + PAIRS]]], 1))
                 for i in range(0, len(rows), PAIRS)
             ]
         )
         probability = Head(bundle.head).over_lists(scores.squeeze(1).double(), rows, len(data))
-        return Plan(features, lists.offsets, probability.float())
-
-
-def _plan_slates(bundle: Bundle, data: Transitions, choices: ChoiceModel) -> Plan:
-    lists, generator = data.possible, torch.Generator().manual_seed(0)
-    assert isinstance(lists, Lists)
-    described, shown = _described(bundle, lists.described), []
-    for gain, item in _gains(bundle, data):
-        slates, counts = _head(bundle).samples(gain, DRAWS, generator)
-        shown.append(item.gather(1, slates.flatten(1)).view(slates.shape))
-    with torch.no_grad():
-        states = normalized(bundle.network.normalization, data.state)
-    return _chosen_from(states, described[torch.cat(shown)], counts.float(), choices)
-
-
-def _chosen_from(states: Tensor, items: Tensor, counts: Tensor, choices: ChoiceModel) -> Plan:
-    """Of N decisions with S slates each, [N, S, k, G], of which each counts for so much, [S], what is chosen."""
-    n, s, k, _ = items.shape
-    slates = items.flatten(0, 1)
-    with torch.no_grad():
-        probability = choices(states.repeat_interleave(s, 0), slates) * counts.repeat(n).unsqueeze(1)
-    return Plan(with_nothing(slates).flatten(0, 1), np.arange(n + 1) * s * (k + 1), probability.flatten())
-
-
-def slate_probability(bundle: Bundle, data: Transitions) -> np.ndarray:
-    """Of the logged slates in their order, float64 [N]; items described alike are one."""
-    found, start = [], 0
-    for gain, item in _gains(bundle, data):
-        slate = torch.from_numpy(data.action[start : start + len(gain)])
-        found.append(_head(bundle).probability(gain, slate, item))
-        start += len(gain)
-    return torch.cat(found).numpy()
-
-
-def _gains(bundle: Bundle, data: Transitions) -> Iterator[tuple[Tensor, Tensor]]:
-    """In parts of the decisions, of up to W items that each lists: their gains, float64 [B, W], and numbers [B, W]."""
-    lists, network = data.possible, bundle.network.network
-    assert isinstance(lists, Lists)
-    assert isinstance(network, SlateNetwork)
-    described = _described(bundle, lists.described)
-    size = max(1, PAIRS // int(np.diff(lists.offsets).max()))
-    with torch.no_grad():
-        states = normalized(bundle.network.normalization, data.state)
-        for start in range(0, len(data), size):
-            part = lists.select(np.arange(start, min(start + size, len(data))))
-            lengths = np.diff(part.offsets)
-            row = np.repeat(np.arange(len(lengths)), lengths)
-            items = torch.from_numpy(part.items)
-            listed = Listed(described[items], torch.from_numpy(row), len(lengths))
-            gain = gains(judge_lists(network, states[start : start + size], listed), network.slate)
-            item = torch.full(gain.shape, -1)
-            item[row, np.arange(len(row)) - part.offsets[row]] = items
-            yield gain.double(), item
-
-
-def _head(bundle: Bundle) -> SlateHead:
-    assert bundle.actions.slate is not None
-    return SlateHead(bundle.head, bundle.actions.slate)
+        return Plan(features, items, lists.offsets, probability.float())
 
 
 def taken_probability(chosen: Plan, data: Transitions) -> np.ndarray:
@@ -176,10 +89,11 @@ def taken_probability(chosen: Plan, data: Transitions) -> np.ndarray:
     return np.bincount(row[same], chosen.probability.double().numpy()[same], minlength=len(data))
 
 
-def _described(bundle: Bundle, described: np.ndarray) -> Tensor:
+def described(bundle: Bundle, raw: np.ndarray) -> Tensor:
+    """Described actions, raw features float32 [I, G], normalized."""
     assert isinstance(bundle.network, NormalizedPairs)
     with torch.no_grad():
-        return normalized(bundle.network.of_actions, described)
+        return normalized(bundle.network.of_actions, raw)
 
 
 def _actor(bundle: Bundle) -> Actor:

@@ -7,23 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from components.columns import load_transitions
 from components.evaluation import estimators as cpe
-from components.evaluation.acted import (
-    logged_features,
-    logged_items,
-    logged_plan,
-    plan,
-    propensities,
-    slate_probability,
-    taken_probability,
-)
-from components.evaluation.choices import ChoiceModel, fit_choices
+from components.evaluation.acted import Plan, logged_features, one_each, plan, propensities, taken_probability
 from components.evaluation.fitted_q import FittedPairs, FittedQ
+from components.evaluation.slates import chosen_features, fit_choices, plan_logged, plan_slates, slate_probability
 from components.training.bundle import Bundle, read_bundle
-from components.training.store import normalized
 from components.transitions import Lists, Transitions
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
@@ -105,10 +95,11 @@ class _Evaluator:
         self.n = int(self.mdp.max()) + 1
         self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
         self.discrete = bundle.actions.space == "discrete"
-        self.choices = self._choice_model(bundle)
+        self.fit_steps = spec.evaluation.fitted_q_steps
+        self.choices = fit_choices(bundle, train, self.fit_steps, spec.seed) if spec.slate else None
         self.q = self._model(bundle, train.discount(spec.reward))
         self.model = self._model(bundle, np.zeros(len(train), np.float32))
-        self.model.fit(None, spec.evaluation.fitted_q_steps)
+        self.model.fit(None, self.fit_steps)
         weights = held_out.weight_vector(spec.reward.metric_weights)
         self.names = list(held_out.metric_names)
         self.mix = np.eye(len(self.names))
@@ -130,14 +121,18 @@ class _Evaluator:
         given = self.train, bundle.normalization
         if self.discrete:
             return FittedQ(*given, discount, self.spec.seed)
-        return FittedPairs(*given, logged_features(bundle, self.train), discount, self.spec.seed)
+        features = chosen_features if self.choices else logged_features
+        return FittedPairs(*given, features(bundle, self.train), discount, self.spec.seed)
 
-    def _choice_model(self, bundle: Bundle) -> ChoiceModel | None:
-        if self.train.chosen is None:
-            return None
-        states = normalized(bundle.network.normalization, self.train.state)
-        items, chosen = logged_items(bundle, self.train), torch.from_numpy(self.train.chosen)
-        return fit_choices(states, items, chosen, self.spec.evaluation.fitted_q_steps, self.spec.seed)
+    def _planned(self, bundle: Bundle, data: Transitions) -> Plan:
+        """What would happen under the policy, where actions have no names."""
+        return plan_slates(bundle, data, self.choices) if self.choices else plan(bundle, data)
+
+    def _logged(self, bundle: Bundle) -> Plan:
+        """The same of what was done."""
+        if self.choices:
+            return plan_logged(bundle, self.held_out, self.choices)
+        return one_each(logged_features(bundle, self.held_out))
 
     def _modelled(self, bundle: Bundle) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Over K alternatives of each held-out decision: the policy's probabilities [N, K], the logged one [N], and
@@ -145,7 +140,7 @@ class _Evaluator:
         held_out, models = self.held_out, (self.q, self.model)
         if isinstance(self.q, FittedPairs):
             # Two alternatives: what the policy does, and what was done.
-            plans = plan(bundle, held_out, self.choices), logged_plan(bundle, held_out, self.choices)
+            plans = self._planned(bundle, held_out), self._logged(bundle)
             target, action = np.tile([1.0, 0.0], (len(held_out), 1)), np.ones(len(held_out), np.int64)
             found = [m.predict_acted(held_out.state, *plans) for m in models if isinstance(m, FittedPairs)]
         else:
@@ -157,8 +152,8 @@ class _Evaluator:
     def estimate(self, bundle: Bundle) -> dict[str, Any]:
         if self.unlisted:
             return {estimator: {"refused": self.unlisted} for estimator in ESTIMATORS}
-        policy = propensities(bundle, self.train) if self.discrete else plan(bundle, self.train, self.choices)
-        self.q.fit(policy, self.spec.evaluation.fitted_q_steps)
+        policy = propensities(bundle, self.train) if self.discrete else self._planned(bundle, self.train)
+        self.q.fit(policy, self.fit_steps)
         target, action, q, expected = self._modelled(bundle)
         weight = self._weight(bundle)
         estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}

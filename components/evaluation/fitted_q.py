@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.evaluation.acted import Plan
+from components.evaluation.acted import PAIRS, Plan
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
 from components.training.network import QNetwork
@@ -18,6 +19,8 @@ from components.transitions import Transitions
 BATCH = 512
 HIDDEN = [128, 128]
 TARGET_UPDATE_RATE = 0.05
+REMAINDER, MOST_FIRST_STEPS = 0.05, 50_000
+"""A first fit goes on until no more than this of what the network began with is left in its values."""
 
 
 class FittedQ:
@@ -25,7 +28,8 @@ class FittedQ:
 
     Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'), with a discount for each row, [N].
     Where all are 0 this is the regression of the metrics themselves, the direct method's model. Fits go on from the one
-    before, so that the policy of the next epoch needs few steps.
+    before, so that the policy of the next epoch needs few steps; the first takes as many as values need to come from as
+    far as the discount, or the longest MDP, reaches.
 
     Off the log's beaten track such a fit can run away. Layer normalization bounds what it says there (Ball et al. 2023,
     arXiv 2302.02948, section 4.2), and no value is followed beyond what the metric's logged extremes would sum to.
@@ -55,6 +59,11 @@ class FittedQ:
         most = float(ahead.max(initial=0.0))
         forever = 1 / (1 - most) if most < 1 else torch.inf
         scaled = self.metrics / self.scale
+        self.first_steps = 0
+        if self.looks_ahead:
+            longest = int(np.bincount(data.mdp).max())
+            backups = min(longest, math.log(REMAINDER) / math.log(most)) if most < 1 else longest
+            self.first_steps = min(math.ceil(backups / TARGET_UPDATE_RATE), MOST_FIRST_STEPS)
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
 
@@ -76,6 +85,7 @@ class FittedQ:
 
     def fit(self, policy: Any, steps: int) -> None:
         """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
+        steps, self.first_steps = max(steps, self.first_steps), 0
         for _ in range(steps):
             rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
             wanted = self.metrics[rows] / self.scale
@@ -129,7 +139,11 @@ class FittedPairs(FittedQ):
         """What each of P plans is worth per metric, float64 [N, P, M]."""
         with torch.no_grad():
             known = self.normalization(torch.from_numpy(state))
-            found = [_over_plan(self.network, known, each, torch.arange(len(known))) for each in plans]
+            found = []
+            for each in plans:
+                size = max(1, PAIRS * len(known) // max(1, len(each.items)))
+                parts = (torch.arange(i, min(i + size, len(known))) for i in range(0, len(known), size))
+                found.append(torch.cat([_over_plan(self.network, known[rows], each, rows) for rows in parts]))
             return np.asarray((torch.stack(found, 1) * self.scale).double().numpy())
 
 

@@ -123,10 +123,12 @@ class ServedSlate(nn.Module):
         known = self.normalization(state)
         items = self.network(torch.cat([known.expand(action.shape[0], -1), self.of_actions(action)], 1))
         judged = torch.cat([items, self.network.nothing(known)]).unsqueeze(0)
-        gain = gains(judged, self.network.slate)
+        gain = gains(judged, self.head.size)
         sampled, greedy = self.head(gain, uniform.unsqueeze(0))
-        found = gain.squeeze(0), greedy.squeeze(0), self.head.probability(gain, sampled), sampled.squeeze(0)
-        return items[:, 0], *found
+        shown = action.index_select(0, sampled.squeeze(0)).unsqueeze(1)
+        alike = ((shown == action) | (torch.isnan(shown) & torch.isnan(action))).all(2)
+        propensity = self.head.probability(gain, sampled, alike.unsqueeze(0))
+        return items[:, 0], gain.squeeze(0).float(), greedy.squeeze(0), propensity.float(), sampled.squeeze(0)
 
     def example(
         self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
@@ -197,9 +199,10 @@ def check_onnx(
     with torch.no_grad():
         answers = [made(*(torch.from_numpy(given[name]) for name in inputs)) for given in asked]
     wanted = _together([[each.numpy() for each in answer] for answer in answers], batched)
-    worst, scores = 0.0, wanted[list(outputs).index("greedy_action") - 1] if "greedy_action" in outputs else wanted[0]
-    for name, a, b in zip(outputs, found, wanted, strict=True):
+    worst, by_name = 0.0, dict(zip(outputs, zip(found, wanted, strict=True), strict=True))
+    for name, (a, b) in by_name.items():
         if name.endswith("_action"):
+            scores = by_name["gains" if "gains" in outputs else "q_values"][1]
             first, second = (np.take_along_axis(scores, action, 1) for action in (a, b))
             near = np.abs(first - second) <= TOLERANCE * np.maximum(1, np.abs(second))
             differing = np.flatnonzero(((a != b) & ~near).any(1))
@@ -208,7 +211,7 @@ def check_onnx(
             continue
         if name == "propensity":
             # That of what is sampled, which is compared by itself.
-            same = (found[-1] == wanted[-1]).all(1)
+            same = np.equal(*by_name["sampled_action"]).all(1)
             a, b = a[same], b[same]
         if name == "propensities":
             # Those of a policy that takes the best action jump where two are equally good.
@@ -216,8 +219,10 @@ def check_onnx(
             if (~same).sum() > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {(~same).sum()} states")
             a, b = a[same], b[same]
-        # A gain is a difference of values.
-        size = np.abs(wanted[0]).max(1, keepdims=True) if name == "gains" else np.abs(b)
+        size = np.abs(b)
+        if name == "gains":
+            # Each is a difference of values, times how much more likely it is chosen than all of the slate.
+            size = np.maximum(size, np.abs(by_name["q_values"][1])).max(1, keepdims=True)
         difference = float((np.abs(a - b) / np.maximum(1, size)).max(initial=0.0))
         if not difference <= TOLERANCE:
             raise StageError(f"export: {name} of the ONNX graph differs from torch by {difference:.2g} > {TOLERANCE}")

@@ -76,22 +76,34 @@ def _described_action() -> list[tuple[str, Column]]:
 
 
 def _slate(slate: Slate) -> list[tuple[str, Column]]:
-    shown, listed = (F.transform(name, _comparable) for name in ("action", "possible_actions"))
+    def not_listed(both: Column) -> Column:
+        """Whether an item is shown more often than it is there to be shown."""
 
-    def lacks(item: Column) -> Column:
-        """Shown more often than it is there to be shown."""
-        times = [F.size(F.filter(items, lambda other: other == item)) for items in (shown, listed)]
-        return times[0] > times[1]
+        def times(items: str, item: Column) -> Column:
+            return F.size(F.filter(both[items], lambda other: other == item))
 
+        return F.exists(both["shown"], lambda item: times("shown", item) > times("listed", item))
+
+    # An array of one: what is computed for it is computed once.
+    both = F.array(
+        F.struct(
+            F.transform("action", _comparable).alias("shown"),
+            F.transform("possible_actions", _comparable).alias("listed"),
+        )
+    )
     choice = F.coalesce(F.col("metrics")[slate.choice], F.lit(0.0))
     return [
-        ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
+        ("missing_action", F.col("action").isNull() | (F.size("action") == 0) | F.exists("action", _empty)),
         ("slate_of_other_size", F.size("action") != slate.size),
-        ("missing_possible_actions", F.col("possible_actions").isNull()),
+        ("missing_possible_actions", F.col("possible_actions").isNull() | F.exists("possible_actions", _empty)),
         ("non_finite_action", F.exists("action", not_finite) | F.exists("possible_actions", not_finite)),
-        ("action_not_possible", F.exists(shown, lacks)),
+        ("action_not_possible", F.exists(both, not_listed)),
         ("choice_not_on_slate", ~choice.between(0, slate.size) | (choice != F.floor(choice))),
     ]
+
+
+def _empty(item: Column) -> Column:
+    return item.isNull() | (F.size(item) == 0)
 
 
 def not_finite(features: str | Column) -> Column:

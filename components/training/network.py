@@ -68,7 +68,7 @@ class QNetwork(nn.Module):
     """Q-values from normalized features: fully connected layers, then one head, or two when dueling.
 
     The dueling heads combine as Q = V + A - mean(A) (Wang et al. 2016, arXiv 1511.06581, equation 9).
-    With `outputs`, each action has a vector of that many values.
+    With `outputs`, each action has a vector of that many values; with `noisy`, the heads have noise.
     """
 
     def __init__(
@@ -82,15 +82,16 @@ class QNetwork(nn.Module):
         noisy: bool = False,
     ) -> None:
         super().__init__()
-        linear = NoisyLinear if noisy else nn.Linear
+        # Noise on all layers hides small differences between values: in Acrobot nothing is learned then.
+        head = NoisyLinear if noisy else nn.Linear
         widths = [inputs, *hidden_layers]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             # In place: memory is what an activation costs.
-            layers += [linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU(inplace=True)]
+            layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*layers)
-        self.advantage = linear(widths[-1], actions * (outputs or 1))
-        self.value = linear(widths[-1], outputs or 1) if dueling else None
+        self.advantage = head(widths[-1], actions * (outputs or 1))
+        self.value = head(widths[-1], outputs or 1) if dueling else None
         self.reduced = False
         """Whether the hidden layers are computed in bfloat16, as training may."""
         self.shape: tuple[int, ...] = (actions, outputs) if outputs else (actions,)

@@ -35,9 +35,9 @@ AHEAD = 4
 
 @dataclass(frozen=True)
 class Offers:
-    """What each of N decisions could choose among, of K different actions with G normalized features."""
+    """What each of N decisions could choose among, of I different items with G normalized features."""
 
-    described: Tensor  # float32 [K, G]
+    described: Tensor  # float32 [I, G]
     offsets: Tensor  # int64 [N + 1]
     items: Tensor  # int64
 

@@ -310,7 +310,11 @@ def run_worker(
 
 def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
     """Rows from all over the log to look at, fewer where they have long lists to score."""
-    pairs = np.diff(data.possible.offsets).mean() if isinstance(data.possible, Lists) else 1.0
+    pairs = 1.0
+    if isinstance(data.possible, Lists):
+        lengths = np.diff(data.possible.offsets)
+        # What slates are found among is as wide as the longest list.
+        pairs = lengths.mean() if data.chosen is None else lengths.max()
     size = min(PROBE, max(1, int(PROBE_PAIRS / pairs)), len(usable))
     return usable[np.linspace(0, len(usable) - 1, size).astype(int)]
 

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.columns import load_transitions, write_columns
-from components.evaluation.acted import Plan, logged_items, plan, slate_probability, taken_probability
-from components.evaluation.choices import fit_choices
+from components.evaluation.acted import Plan, taken_probability
 from components.evaluation.evaluate import evaluate
+from components.evaluation.slates import fit_choices, plan_slates, slate_probability
 from components.export.onnx_policy import served
 from components.export.policy import export_policy
 from components.export.repository import MODEL, read_policies
@@ -29,6 +30,7 @@ from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import read_bundle
 from components.training.store import build_store
+from components.training.warm_start import start_from
 from components.training.worker import check_fits, find_actions
 from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
@@ -110,21 +112,29 @@ def run(root: Path, job: dict[str, Any]) -> JobSpec:
     """Every stage from understanding to export."""
     spec = JobSpec.model_validate(job)
     understand(spec, root / "features", root / "normalization", root / "understanding")
+    write_columns(root / "features", spec, root / "columns")
     with stage("training", root / "training") as (directory, _):
-        (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        command = [
-            sys.executable, "-m", "components.training.worker", "--job", directory / "job.json",
-            "--columns", root / "columns", "--normalization", root / "normalization", "--output", directory,
-        ]  # fmt: skip
-        write_columns(root / "features", spec, root / "columns")
-        alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=os.environ | address | alone, check=True)
+        train(root, spec, directory)
     evaluate(spec, root / "features", root / "training", root / "evaluation")
     export_policy(spec, root / "features", root / "training", root / "export")
     return spec
+
+
+def train(root: Path, spec: JobSpec, directory: Path, workers: int = 1) -> None:
+    (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [
+        sys.executable, "-m", "components.training.worker", "--job", directory / "job.json",
+        "--columns", root / "columns", "--normalization", root / "normalization", "--output", directory,
+    ]  # fmt: skip
+    group = {"WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | address | group | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(workers)
+    ]
+    assert [process.wait() for process in started] == [0] * workers
 
 
 def session(root: Path) -> onnxruntime.InferenceSession:
@@ -298,7 +308,7 @@ def test_a_policy_over_lists_is_not_judged_where_decisions_have_none(shelf: Path
 
 def test_items_that_are_described_alike_share_their_probability() -> None:
     lists = Lists(["x"], np.array([[0.0], [1.0]], np.float32), np.array([0, 3]), np.array([1, 1, 0]), np.ones(1, bool))
-    chosen = Plan(torch.zeros(3, 1), lists.offsets, torch.tensor([0.5, 0.3, 0.2]))
+    chosen = Plan(torch.zeros(2, 1), torch.tensor([1, 1, 0]), lists.offsets, torch.tensor([0.5, 0.3, 0.2]))
     nothing = np.zeros((1, 0), np.float32)
     data = Transitions(
         [], [], [], state=nothing, action=np.array([1]), propensity=np.ones(1), possible=lists, metrics=nothing,
@@ -402,8 +412,11 @@ def test_a_policy_that_draws_slates_has_the_probability_that_its_graph_tells(
     graph = served(bundle.network, bundle.head, "slate")
     lists, rng = data.possible, np.random.default_rng(3)
     assert isinstance(lists, Lists)
-    different = [len(set(lists.items[lists.offsets[row] : lists.offsets[row + 1]])) for row in range(200)]
-    rows = np.flatnonzero(different == np.diff(lists.offsets)[:200])
+    different = [len(set(lists.items[lists.offsets[row] : lists.offsets[row + 1]])) for row in range(len(data))]
+    # Those with items that are described alike are among them.
+    rows = np.concatenate([np.arange(60), np.flatnonzero(different < np.diff(lists.offsets))])
+    assert len(rows) > 70
+    rows.sort()
     slates, told = [], []
     for row in rows:
         items = torch.from_numpy(lists.described[lists.items[lists.offsets[row] : lists.offsets[row + 1]]])
@@ -414,10 +427,28 @@ def test_a_policy_that_draws_slates_has_the_probability_that_its_graph_tells(
         told.append(propensity.item())
     shown = dataclasses.replace(data.select(rows), action=np.stack(slates))
     np.testing.assert_allclose(slate_probability(bundle, shown), told, rtol=1e-4)
-    states, items = torch.zeros(len(rows), 1), logged_items(bundle, shown)
-    choices = fit_choices(states, items, torch.zeros(len(rows), dtype=torch.int64), 5, 0)
-    planned = plan(bundle, shown, choices)
+    planned = plan_slates(bundle, shown, fit_choices(bundle, shown, 5, 0))
     np.testing.assert_allclose(planned.probability.view(len(rows), -1).sum(1), 1, rtol=1e-5)
+
+
+def test_slates_are_learned_by_two_workers_as_by_one(row_of_two: Path, tmp_path: Path) -> None:
+    spec = JobSpec.model_validate(SLATES | {"training": {"batchSize": 128, "epochs": 1, "stepsPerEpoch": 30}})
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        train(row_of_two, spec, tmp_path / str(workers), workers)
+    one, two = (load_file(tmp_path / each / "policy" / "weights.safetensors") for each in ("1", "2"))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-3)
+
+
+def test_slates_are_learned_on_from_the_day_before(row_of_two: Path) -> None:
+    spec, before = JobSpec.model_validate(SLATES), row_of_two / "training" / "policy"
+    normalization = NormalizationSpec.read(row_of_two / "normalization" / "spec.json")
+    actions = find_actions(load_transitions(row_of_two / "features", spec), spec, row_of_two / "normalization")
+    network = build_network(spec.algorithm, normalization, actions)
+    assert start_from(str(before), network, torch.optim.Adam(network.parameters()), normalization, actions)
+    theirs = load_file(before / "weights.safetensors")
+    assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
 
 
 def test_a_log_that_tells_of_no_choice_is_refused(row_of_two: Path) -> None:

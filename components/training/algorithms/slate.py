@@ -24,18 +24,23 @@ class SlateNetwork(nn.Module):
     def __init__(self, state: int, item: int, slate: int, hidden_layers: list[int]) -> None:
         super().__init__()
         self.slate = slate
-        self.value, self.appeal = (QNetwork(state + item, 1, hidden_layers) for _ in range(2))
-        self.of_nothing = QNetwork(state, 2, hidden_layers) if state else None
+
+        def apart(inputs: int) -> nn.ModuleList:
+            # In one network the errors of large values would drown those of appeals.
+            return nn.ModuleList(QNetwork(inputs, 1, hidden_layers) for _ in range(2))
+
+        self.items = apart(state + item)
+        self.of_nothing = apart(state) if state else None
         self.bias = nn.Parameter(torch.zeros(2))
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Normalized features of states and items side by side, float32 [T, S + G] -> [T, 2]."""
-        return torch.cat([self.value(pairs), self.appeal(pairs)], 1)
+        return torch.cat([each(pairs) for each in self.items], 1)
 
     def nothing(self, state: Tensor) -> Tensor:
         """float32 [B, S] -> [B, 2]."""
         known = self.bias.expand(len(state), -1)
-        return known if self.of_nothing is None else known + self.of_nothing(state)
+        return known if self.of_nothing is None else known + torch.cat([each(state) for each in self.of_nothing], 1)
 
 
 def judge_lists(network: SlateNetwork, state: Tensor, listed: Listed) -> Tensor:
@@ -71,14 +76,15 @@ def worth(shown: Tensor) -> Tensor:
 
 
 def gains(judged: Tensor, size: int) -> Tensor:
-    """What each item adds to the worth of a slate of `size`, [B, W + 1, 2] -> [B, W]; -inf where there is no item.
+    """What each item adds to the worth of a slate of `size`, [B, W + 1, 2] -> float64 [B, W]; -inf where there is none.
 
     The items that add most are the slate that is worth most. Its worth is a ratio of sums over its items, which
     Dinkelbach's iteration (1967) raises to the largest: what is worth more than the slate so far counts by how likely
     it is chosen. The paper solves the same by linear programming.
     """
-    value, appeal = judged.unbind(2)
-    mass = torch.exp((appeal - appeal.amax(1, keepdim=True)).clamp(min=-60.0))
+    # Beside an item that nearly all would choose, float32 would lose what others add.
+    value, appeal = judged.double().unbind(2)
+    mass = torch.exp((appeal - appeal.amax(1, keepdim=True)).clamp(min=-300.0))
 
     def beyond(level: Tensor) -> Tensor:
         there = appeal[:, :-1] > -torch.inf
@@ -95,7 +101,17 @@ def gains(judged: Tensor, size: int) -> Tensor:
 
 def best_slate(judged: Tensor, size: int) -> Tensor:
     """Of all slates of `size` items the one that is worth most: places in the lists, int64 [B, size]."""
-    return gains(judged, size).topk(size, 1).indices
+    return most(gains(judged, size), size)
+
+
+def most(gain: Tensor, size: int) -> Tensor:
+    """The places of the largest gains, [B, W] -> int64 [B, size]; of equal ones the first."""
+    # One after another, as neither a sort nor `topk` keeps equal ones in order both here and in ONNX.
+    left, places = gain, []
+    for _ in range(size):
+        places.append(left.argmax(1, keepdim=True))
+        left = left.scatter(1, places[-1], -torch.inf)
+    return torch.cat(places, 1)
 
 
 class SlateHead(nn.Module):
@@ -111,7 +127,7 @@ class SlateHead(nn.Module):
 
     def forward(self, gain: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """gain float [B, W], uniform [B, k + 1] in [0, 1) -> a slate int64 [B, k], and the best one."""
-        best = gain.topk(self.size, 1).indices
+        best = most(gain, self.size)
         if self.chosen.policy == "greedy":
             return best, best
         drawn = self._draw(gain, uniform)
@@ -135,7 +151,7 @@ class SlateHead(nn.Module):
 
     def samples(self, gain: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Slates that stand for all that the policy may show: int64 [B, S, k], and what each of S counts for, [S]."""
-        best = gain.topk(self.size, 1).indices
+        best = most(gain, self.size)
         if self.chosen.policy == "greedy":
             return best.unsqueeze(1), gain.new_ones(1)
         drawn = [self._draw(gain, torch.rand(len(gain), self.size, generator=generator)) for _ in range(draws)]
@@ -147,21 +163,18 @@ class SlateHead(nn.Module):
             )
         return torch.stack(drawn, 1), counts
 
-    def probability(self, gain: Tensor, slate: Tensor, item: Tensor | None = None) -> Tensor:
+    def probability(self, gain: Tensor, slate: Tensor, alike: Tensor) -> Tensor:
         """How likely slates [B, k] are shown, in their order: [B].
 
-        With the number of each `item`, int64 [B, W], those that are one item to people are one here.
+        `alike` bool [B, k, W] tells which items are described as those on the slate are: to people they are one.
         """
-        if item is None:
-            item = torch.arange(gain.shape[1], device=gain.device).expand_as(gain)
-        shown = item.gather(1, slate)
-        best = item.gather(1, gain.topk(self.size, 1).indices)
-        greedy = (shown == best).all(1).to(gain.dtype)
+        best = most(gain, self.size).unsqueeze(2)
+        greedy = alike.gather(2, best).squeeze(2).all(1).to(gain.dtype)
         if self.chosen.policy == "greedy":
             return greedy
         left, drawn = self._logits(gain), torch.ones_like(greedy)
         for j in range(self.size):
-            drawn = drawn * (torch.softmax(left, 1) * (item == shown[:, j : j + 1])).sum(1)
+            drawn = drawn * (torch.softmax(left, 1) * alike[:, j]).sum(1)
             left = left.scatter(1, slate[:, j : j + 1], -torch.inf)
         if self.chosen.policy == "softmax":
             return drawn

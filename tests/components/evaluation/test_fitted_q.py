@@ -142,9 +142,10 @@ def test_what_follows_an_end_is_no_looking_ahead(log: Log) -> None:
 def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     data, policy = transitions(log), MODEL.target[log.state]
     once, again, on = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(3))
-    once.fit(policy, 20)
-    again.fit(policy, 20)
-    on.fit(policy, 10)
+    first = on.first_steps
+    once.fit(policy, first + 10)
+    again.fit(policy, first + 10)
+    on.fit(policy, first)
     half = on.predict(every_state())
     on.fit(policy, 10)
     np.testing.assert_array_equal(once.predict(every_state()), again.predict(every_state()))
@@ -152,11 +153,28 @@ def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     assert not np.array_equal(half, on.predict(every_state()))
 
 
+def test_the_first_fit_goes_on_until_values_have_come_from_as_far_as_they_count(log: Log) -> None:
+    data, policy = transitions(log), MODEL.target[log.state]
+    longest = MODEL.horizon / 0.05
+    for discount, steps in ((0.0, 0), (0.3, np.log(0.05) / np.log(0.3) / 0.05), (0.99, longest), (1.0, longest)):
+        fitted = FittedQ(data, SPEC, per_row(discount, data), seed=0)
+        assert fitted.first_steps == np.ceil(steps)
+    fitted.fit(policy, 1)
+    assert fitted.first_steps == 0
+    enough, few = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(2))
+    few.first_steps = 0
+    for each in (enough, few):
+        each.fit(policy, 10)
+    distance = [np.abs(each.predict(every_state()) - exact()).mean() for each in (enough, few)]
+    assert distance[0] < 0.5 * distance[1]
+
+
 def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: Log) -> None:
     data = transitions(log)
     fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, per_row(MODEL.discount, data), seed=0)
     for values in fitted.target.parameters():
         values.fill_(50.0)
+    fitted.first_steps = 0
     fitted.fit(MODEL.target[log.state], 1)
     highest = data.metrics.max(0) / (1 - MODEL.discount)
     np.testing.assert_allclose(fitted.highest * fitted.scale, highest, rtol=1e-5)

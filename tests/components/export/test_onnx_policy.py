@@ -290,3 +290,20 @@ class Reversed(ServedPolicy):
 def test_other_actions_are_refused_though_all_probabilities_agree(q_policy: Exported) -> None:
     other = Reversed(q_policy.policy.network, AT_07).eval()
     assert "sampled_action of the ONNX graph differs from torch" in refused(other, q_policy.path)
+
+
+def test_an_item_of_much_appeal_and_little_worth_is_left_out_by_graph_and_torch_alike(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    item = NormalizationSpec(inputs=["price"], features=[feature("price", "continuous")])
+    algorithm = Algorithm.model_validate({"slateQ": {"hiddenLayers": [8]}})
+    network = build_network(algorithm, SPEC, Actions([], described=item, slate=2)).eval()
+    with torch.no_grad():
+        for of, slope in zip(network.network.items, (-60.0, 4.0), strict=True):
+            # Two units that are the price's positive and its negative part.
+            of.body[0].weight[:2] = of.body[0].bias[:2] = 0
+            of.body[0].weight[:2, -1] = torch.tensor([1.0, -1.0])
+            of.advantage.weight[0, :2] = torch.tensor([slope, -slope])
+    made = served(network, PolicyHead(policy="greedy"), "slate")
+    policy = described(7, 0) | {"action_space": "slate", "action_features": ["price"], "slate": 2}
+    export_onnx(made, policy, tmp_path / "model.onnx")
+    assert check_onnx(made, policy, tmp_path / "model.onnx", states(300, 7), seed=0) <= TOLERANCE

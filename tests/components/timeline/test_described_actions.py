@@ -146,6 +146,24 @@ def test_a_slate_that_cannot_be_used_has_its_reason(tmp_path):
     assert len(rows) == 1
 
 
+def test_an_empty_item_is_no_item(tmp_path):
+    as_items = [list(item.items()) for item in (SOFA, LAMP, CHAIR)]
+    bad = [
+        ("missing_action", {"action": [as_items[0], None]}),
+        ("missing_action", {"action": [as_items[0], []]}),
+        ("missing_possible_actions", {"possible_actions": [*as_items, None]}),
+        ("missing_possible_actions", {"possible_actions": [*as_items, []]}),
+    ]
+    good = {"action": as_items[:2], "possible_actions": as_items, "state_features": [("x", 1.0)], "metrics": []}
+    nothing = {"action_probability": None, "truncated": None, "policy_version": None, "event_time": None}
+    rows = [shown(i) | nothing | good | change for i, change in enumerate([{}, *(change for _, change in bad)])]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema("slate")), tmp_path / "log.parquet")
+    build_timeline(slates(), str(tmp_path / "log.parquet"), None, tmp_path / "out")
+    rejected = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    found = {row["sequence_number"]: row["quarantine_reason"] for row in rejected}
+    assert found == {i + 1: reason for i, (reason, _) in enumerate(bad)}
+
+
 def test_nothing_may_be_chosen_and_items_may_be_alike(tmp_path):
     twice = {"action": [LAMP, LAMP], "possible_actions": [LAMP, SOFA, LAMP]}
     rows, rejected = build(

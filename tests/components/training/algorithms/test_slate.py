@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from components.training.algorithms.learner import Batch, Listed
 from components.training.algorithms.slate import (
@@ -16,6 +17,7 @@ from components.training.algorithms.slate import (
     gains,
     judge_lists,
     judge_slates,
+    most,
     on_slates,
     worth,
 )
@@ -25,8 +27,13 @@ from contracts.job import PolicyHead, SlateQ
 B, N, K = 50, 7, 3
 
 
-def judged(seed: int) -> Tensor:
-    return torch.randn(B, N + 1, 2, generator=torch.Generator().manual_seed(seed)) * 3
+def judged(seed: int, spread: float = 3.0) -> Tensor:
+    return torch.randn(B, N + 1, 2, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def apart(gain: Tensor, slate: Tensor) -> Tensor:
+    """That no two items are described alike."""
+    return functional.one_hot(slate, gain.shape[1]).bool()
 
 
 def lists(*features: list[float]) -> Listed:
@@ -35,8 +42,9 @@ def lists(*features: list[float]) -> Listed:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_slate_is_worth_more_than_the_best(seed: int) -> None:
-    items = judged(seed)
+@pytest.mark.parametrize("spread", [3.0, 10.0])
+def test_no_slate_is_worth_more_than_the_best(seed: int, spread: float) -> None:
+    items = judged(seed, spread)
     found = worth(on_slates(items, best_slate(items, K)))
     every = [worth(on_slates(items, torch.tensor([slate] * B))) for slate in itertools.combinations(range(N), K)]
     torch.testing.assert_close(found, torch.stack(every).amax(0))
@@ -55,7 +63,12 @@ def test_a_gain_is_what_an_item_adds_to_the_worth_of_the_slate() -> None:
     whole = worth(on_slates(items, best))
     share = on_slates(items, best)[:, :, 1].exp().sum(1)
     expected = mass[:, :-1] * (items[:, :-1, 0] - whole[:, None]) / share[:, None]
-    torch.testing.assert_close(gain, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gain, expected.double(), rtol=1e-3, atol=1e-4)
+
+
+def test_of_items_that_add_the_same_the_first_are_shown() -> None:
+    for width in (5, 12, 64):
+        assert most(torch.zeros(1, width), 3).tolist() == [[0, 1, 2]]
 
 
 def test_lists_of_any_length_are_judged_as_by_themselves() -> None:
@@ -68,7 +81,7 @@ def test_lists_of_any_length_are_judged_as_by_themselves() -> None:
         torch.testing.assert_close(together[i, : len(items)], alone[0, :-1])
         torch.testing.assert_close(together[i, -1], alone[0, -1])
         assert (best_slate(together, 2)[i] < len(items)).all()
-        torch.testing.assert_close(gains(together, 2)[i, : len(items)], gains(alone, 2)[0])
+        torch.testing.assert_close(gains(together, 2)[i, : len(items)], gains(alone, 2)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_slate_is_judged_as_its_list_is() -> None:
@@ -153,7 +166,8 @@ GAIN = torch.tensor([[0.5, -1.0, 0.2, 1.5, -torch.inf]]).double()
 def test_probabilities_of_all_slates_sum_to_one_and_are_those_of_what_is_shown(head: dict[str, object]) -> None:
     made = SlateHead(PolicyHead.model_validate(head), 2)
     slates = torch.tensor(list(itertools.permutations(range(4), 2)))
-    probability = made.probability(GAIN.expand(len(slates), -1), slates)
+    gain = GAIN.expand(len(slates), -1)
+    probability = made.probability(gain, slates, apart(gain, slates))
     assert probability.sum().item() == pytest.approx(1)
     n = 20_000
     uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
@@ -172,19 +186,20 @@ def test_samples_stand_for_the_policy(head: dict[str, object]) -> None:
     assert counts.sum().item() == pytest.approx(1)
     every = torch.tensor(list(itertools.permutations(range(4), 2)))
     often = ((slates[:, :, None] == every).all(3) * counts[:, None]).sum(1).mean(0)
-    torch.testing.assert_close(often, made.probability(GAIN.expand(12, -1), every), atol=0.02, rtol=0)
+    gain = GAIN.expand(12, -1)
+    torch.testing.assert_close(often, made.probability(gain, every, apart(gain, every)), atol=0.02, rtol=0)
 
 
 def test_items_that_are_described_alike_share_a_slates_probability() -> None:
-    gain, item = torch.tensor([[1.0, 1.0, 0.0]]).double(), torch.tensor([[7, 7, 9]])
-    for head, apart in (({"policy": "softmax"}, 2), ({"policy": "epsilonGreedy", "epsilon": 1.0}, 2)):
+    gain, slate = torch.tensor([[1.0, 1.0, 0.0]]).double(), torch.tensor([[1, 2]])
+    alike = torch.tensor([[[True, True, False], [False, False, True]]])
+    for head in ({"policy": "softmax"}, {"policy": "epsilonGreedy", "epsilon": 1.0}):
         made = SlateHead(PolicyHead.model_validate(head), 2)
-        slate = torch.tensor([[1, 2]])
-        alone = made.probability(gain, slate).item()
-        assert made.probability(gain, slate, item).item() == pytest.approx(apart * alone)
+        alone = made.probability(gain, slate, apart(gain, slate)).item()
+        assert made.probability(gain, slate, alike).item() == pytest.approx(2 * alone)
     greedy = SlateHead(PolicyHead.model_validate({"policy": "greedy"}), 1)
-    assert greedy.probability(gain, torch.tensor([[1]]), item).item() == 1
-    assert greedy.probability(gain, torch.tensor([[2]]), item).item() == 0
+    assert greedy.probability(gain, slate[:, :1], alike[:, :1]).item() == 1
+    assert greedy.probability(gain, slate[:, 1:], alike[:, 1:]).item() == 0
 
 
 def test_one_item_that_leaves_the_others_no_chance_is_still_followed_by_others() -> None:
@@ -192,4 +207,4 @@ def test_one_item_that_leaves_the_others_no_chance_is_still_followed_by_others()
     gain = torch.tensor([[1e4, 0.0, -1e4]])
     slate, _ = made(gain, torch.tensor([[0.99, 0.99, 0.99, 0.0]]))
     assert slate.tolist() == [[0, 1, 2]]
-    assert made.probability(gain, slate).item() == pytest.approx(1)
+    assert made.probability(gain, slate, apart(gain, slate)).item() == pytest.approx(1)
