@@ -5,7 +5,6 @@ A user is shown a slate of k out of N items, which are drawn anew for each decis
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,6 +202,17 @@ class SlateLog:
         possible, next_possible = (listed(self.items[each]) for each in (rows, following))
         return Batch(state, action, possible, reward, next_state, next_action, next_possible, discount, chosen)
 
+    @property
+    def propensity(self) -> np.ndarray:
+        """float64 [N]: of random slates in their order, of items alike any."""
+        rows = np.arange(len(self.items))
+        alike = (self.items[:, :, None] == self.items[:, None]).all(3)
+        left, found = np.ones((len(rows), CANDIDATES), bool), np.ones(len(rows))
+        for at in self.slate.T:
+            found *= (alike[rows, at] & left).sum(1) / left.sum(1)
+            left[rows, at] = False
+        return found
+
     def decisions(self) -> pa.Table:
         """The same as a product would log it that shows random slates."""
         items = [[_named("item", item) for item in items] for items in self.items.tolist()]
@@ -214,7 +224,7 @@ class SlateLog:
                 "sequence_number": self.step,
                 "state_features": [_named("user", user) for user in self.user.tolist()],
                 "action": [[shown[i] for i in slate] for shown, slate in zip(items, self.slate.tolist(), strict=True)],
-                "action_probability": np.full(len(items), 1 / math.perm(CANDIDATES, SLATE)),
+                "action_probability": self.propensity,
                 "possible_actions": items,
                 "metrics": [[("reward", reward), ("choice", place)] for reward, place in metrics],
             },

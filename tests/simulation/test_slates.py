@@ -81,6 +81,19 @@ def test_an_item_twice_on_a_slate_is_refused() -> None:
         environment.step(np.array([3, 3]))
 
 
+def test_a_log_is_what_a_product_would_write_propensities_of_items_alike_together() -> None:
+    log = play("interest evolution", None, 20, 0)
+    decisions = log.decisions().to_pylist()
+    assert [row["mdp_id"] for row in decisions[:1]] == ["user-000000"]
+    assert sum(row["sequence_number"] == 0 for row in decisions) == 20
+    for row, chosen, reward in zip(decisions, log.chosen.tolist(), log.reward.tolist(), strict=True):
+        listed = [dict(item) for item in row["possible_actions"]]
+        first, second = (dict(item) for item in row["action"])
+        wanted = listed.count(first) / 10 * (listed.count(second) - (first == second)) / 9
+        assert row["action_probability"] == pytest.approx(wanted)
+        assert dict(row["metrics"]) == {"reward": pytest.approx(reward), "choice": (chosen + 1) % 3}
+
+
 def test_slates_learned_from_a_log_of_random_ones_keep_people_longer() -> None:
     log = play("interest evolution", None, 250, 0)
     network = learn_from(log, SlateQ(hiddenLayers=[64, 64], targetUpdateRate=0.02), 1500, 0)
