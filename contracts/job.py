@@ -638,8 +638,8 @@ class Evaluation(Model):
     fitted_q_steps: int = Field(
         1500,
         ge=1,
-        description="Optimizer steps of each fitted model of the values, at least; a first one takes as many as the "
-        "discount's reach needs.",
+        description="Optimizer steps of each fitted model. Values over several decisions, of the first epoch and of "
+        "the last, take more where discount and MDPs reach further; a model of choices may take fewer.",
     )
     gate: Gate = Field(Gate(), description="What a policy must be shown to reach before it is exported to a rollout.")
 

@@ -20,7 +20,10 @@ PAIRS = 1_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """Of N decisions the actions that a policy may take, end to end, which are some of I with G normalized features."""
+    """What a policy may do at each of N decisions: lists end to end, of some of I actions with G normalized features.
+
+    Of slates, what people may choose from them: an item or nothing.
+    """
 
     described: Tensor  # float32 [I, G]
     items: Tensor  # int64 [T], which of them

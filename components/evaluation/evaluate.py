@@ -41,7 +41,9 @@ def evaluate(
         evaluator = _Evaluator(spec, train, held_out, bundles[-1])
         epochs: list[dict[str, Any]] = []
         for number, bundle in enumerate(bundles, 1):
-            epochs.append({"epoch": number, "estimates": evaluator.estimate(bundle)})
+            # Those in between show the way; they lag a little behind.
+            whole = number in (1, len(bundles))
+            epochs.append({"epoch": number, "estimates": evaluator.estimate(bundle, whole)})
             name = spec.evaluation.gate.metric
             judged = epochs[-1]["estimates"][spec.evaluation.gate.estimator].get(name)
             text = f"epoch {number}"
@@ -149,11 +151,12 @@ class _Evaluator:
         q, modelled = (values @ self.mix for values in found)
         return target, action, q, modelled
 
-    def estimate(self, bundle: Bundle) -> dict[str, Any]:
+    def estimate(self, bundle: Bundle, whole: bool) -> dict[str, Any]:
+        """By estimator and metric; `whole` fits values until they have come from as far as they count."""
         if self.unlisted:
             return {estimator: {"refused": self.unlisted} for estimator in ESTIMATORS}
         policy = propensities(bundle, self.train) if self.discrete else self._planned(bundle, self.train)
-        self.q.fit(policy, self.fit_steps)
+        self.q.fit(policy, max(self.fit_steps, self.q.reach) if whole else self.fit_steps)
         target, action, q, expected = self._modelled(bundle)
         weight = self._weight(bundle)
         estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}

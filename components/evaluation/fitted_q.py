@@ -19,8 +19,10 @@ from components.transitions import Transitions
 BATCH = 512
 HIDDEN = [128, 128]
 TARGET_UPDATE_RATE = 0.05
-REMAINDER, MOST_FIRST_STEPS = 0.05, 50_000
-"""A first fit goes on until no more than this of what the network began with is left in its values."""
+REMAINDER = 0.05
+"""Of what a fit began with, in values that it has reached."""
+MOST_STEPS = 50_000
+"""That a fit takes to reach all that it should."""
 
 
 class FittedQ:
@@ -28,8 +30,8 @@ class FittedQ:
 
     Q(s, a) in R^M moves towards metrics + discount * sum_a' pi(a'|s') Q'(s', a'), with a discount for each row, [N].
     Where all are 0 this is the regression of the metrics themselves, the direct method's model. Fits go on from the one
-    before, so that the policy of the next epoch needs few steps; the first takes as many as values need to come from as
-    far as the discount, or the longest MDP, reaches.
+    before, so that the policy of the next epoch needs few steps; `reach` are those after which little is left of what
+    the fit began with.
 
     Off the log's beaten track such a fit can run away. Layer normalization bounds what it says there (Ball et al. 2023,
     arXiv 2302.02948, section 4.2), and no value is followed beyond what the metric's logged extremes would sum to.
@@ -59,13 +61,18 @@ class FittedQ:
         most = float(ahead.max(initial=0.0))
         forever = 1 / (1 - most) if most < 1 else torch.inf
         scaled = self.metrics / self.scale
-        self.first_steps = 0
-        if self.looks_ahead:
-            longest = int(np.bincount(data.mdp).max())
-            backups = min(longest, math.log(REMAINDER) / math.log(most)) if most < 1 else longest
-            self.first_steps = min(math.ceil(backups / TARGET_UPDATE_RATE), MOST_FIRST_STEPS)
+        self.reach = self._reach(most, int(np.bincount(data.mdp).max())) if self.looks_ahead else 0
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
+
+    @staticmethod
+    def _reach(discount: float, longest: int) -> int:
+        """Steps that a first guess needs to fade by the discount, or values to come from the end of the longest MDP."""
+        # A value comes one decision closer every 1 / rate steps, give or take: the square root makes sure.
+        steps = (longest + 1.65 * math.sqrt(longest)) / TARGET_UPDATE_RATE
+        if discount < 1:
+            steps = min(steps, math.log(REMAINDER) / math.log1p(-TARGET_UPDATE_RATE * (1 - discount)))
+        return min(math.ceil(steps), MOST_STEPS)
 
     def _network(self, inputs: int, data: Transitions) -> QNetwork:
         return QNetwork(inputs, len(data.actions), HIDDEN, outputs=len(data.metric_names), layer_norm=True)
@@ -85,7 +92,6 @@ class FittedQ:
 
     def fit(self, policy: Any, steps: int) -> None:
         """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
-        steps, self.first_steps = max(steps, self.first_steps), 0
         for _ in range(steps):
             rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
             wanted = self.metrics[rows] / self.scale

@@ -25,7 +25,7 @@ HIDDEN = [128, 128]
 MOST_EPOCHS = 30
 """A model of few rows takes fewer steps, or it would learn them by heart."""
 DRAWS = 4
-"""Slates that are drawn of each decision, where a policy draws: means over decisions are what they are for."""
+"""Slates that are drawn for each decision of a policy that draws: few do for a mean over many decisions."""
 
 
 class ChoiceModel(nn.Module):
@@ -79,7 +79,7 @@ def plan_logged(bundle: Bundle, data: Transitions, choices: ChoiceModel) -> Plan
 
 
 def plan_slates(bundle: Bundle, data: Transitions, choices: ChoiceModel) -> Plan:
-    """What they would choose from the policy's."""
+    """What people would choose from the slates that the policy would show."""
     generator, shown = torch.Generator().manual_seed(0), []
     for gain, item in _gains(bundle, data):
         slates, counts = _head(bundle).samples(gain, DRAWS, generator)
@@ -121,7 +121,10 @@ def _with_nothing(features: Tensor) -> Tensor:
 
 
 def _gains(bundle: Bundle, data: Transitions) -> Iterator[tuple[Tensor, Tensor]]:
-    """In parts of the decisions, of up to W items that each lists: their gains, float64 [B, W], and numbers [B, W]."""
+    """Part by part, B decisions with up to W items each: their gains, float64 [B, W], and which they are, int64 [B, W].
+
+    Behind a shorter list stands -1.
+    """
     lists, network, states = _lists(data), bundle.network.network, _states(bundle, data)
     assert isinstance(network, SlateNetwork)
     features = described(bundle, lists.described)

@@ -22,6 +22,8 @@ from contracts.stage import StageError
 
 TOLERANCE = 1e-5
 LISTED, LISTS = 8, 200
+LARGEST = 1e30
+"""Gain that is told: an item of hardly any worth and overwhelming appeal takes more from a slate than float32 holds."""
 Inputs = dict[str, np.ndarray]
 
 
@@ -128,7 +130,8 @@ class ServedSlate(nn.Module):
         shown = action.index_select(0, sampled.squeeze(0)).unsqueeze(1)
         alike = ((shown == action) | (torch.isnan(shown) & torch.isnan(action))).all(2)
         propensity = self.head.probability(gain, sampled, alike.unsqueeze(0))
-        return items[:, 0], gain.squeeze(0).float(), greedy.squeeze(0), propensity.float(), sampled.squeeze(0)
+        told = gain.squeeze(0).clamp(-LARGEST, LARGEST).float()
+        return items[:, 0], told, greedy.squeeze(0), propensity.float(), sampled.squeeze(0)
 
     def example(
         self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
@@ -200,12 +203,20 @@ def check_onnx(
         answers = [made(*(torch.from_numpy(given[name]) for name in inputs)) for given in asked]
     wanted = _together([[each.numpy() for each in answer] for answer in answers], batched)
     worst, by_name = 0.0, dict(zip(outputs, zip(found, wanted, strict=True), strict=True))
+
+    def difference(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """By how much they differ, relative to their size."""
+        size = np.abs(b)
+        if name == "gains":
+            # Each is a difference of values, times how much more likely it is chosen than all of the slate.
+            size = np.maximum(np.abs(by_name[name][1]), np.abs(by_name["q_values"][1])).max(1, keepdims=True)
+        return np.asarray(np.abs(a - b) / np.maximum(1, size))
+
     for name, (a, b) in by_name.items():
         if name.endswith("_action"):
-            scores = by_name["gains" if "gains" in outputs else "q_values"][1]
-            first, second = (np.take_along_axis(scores, action, 1) for action in (a, b))
-            near = np.abs(first - second) <= TOLERANCE * np.maximum(1, np.abs(second))
-            differing = np.flatnonzero(((a != b) & ~near).any(1))
+            by = "gains" if "gains" in outputs else "q_values"
+            apart = difference(by, *(np.take_along_axis(by_name[by][1], action, 1) for action in (a, b)))
+            differing = np.flatnonzero(((a != b) & (apart > TOLERANCE)).any(1))
             if len(differing) > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {len(differing)} states")
             continue
@@ -219,14 +230,10 @@ def check_onnx(
             if (~same).sum() > 1e-3 * len(a):
                 raise StageError(f"export: {name} of the ONNX graph differs from torch in {(~same).sum()} states")
             a, b = a[same], b[same]
-        size = np.abs(b)
-        if name == "gains":
-            # Each is a difference of values, times how much more likely it is chosen than all of the slate.
-            size = np.maximum(size, np.abs(by_name["q_values"][1])).max(1, keepdims=True)
-        difference = float((np.abs(a - b) / np.maximum(1, size)).max(initial=0.0))
-        if not difference <= TOLERANCE:
-            raise StageError(f"export: {name} of the ONNX graph differs from torch by {difference:.2g} > {TOLERANCE}")
-        worst = max(worst, difference)
+        largest = float(difference(name, a, b).max(initial=0.0))
+        if not largest <= TOLERANCE:
+            raise StageError(f"export: {name} of the ONNX graph differs from torch by {largest:.2g} > {TOLERANCE}")
+        worst = max(worst, largest)
     return worst
 
 

@@ -83,15 +83,15 @@ class QNetwork(nn.Module):
     ) -> None:
         super().__init__()
         # Noise on all layers hides small differences between values: in Acrobot nothing is learned then.
-        head = NoisyLinear if noisy else nn.Linear
+        last_layer = NoisyLinear if noisy else nn.Linear
         widths = [inputs, *hidden_layers]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             # In place: memory is what an activation costs.
             layers += [nn.Linear(before, after), *([nn.LayerNorm(after)] if layer_norm else []), nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*layers)
-        self.advantage = head(widths[-1], actions * (outputs or 1))
-        self.value = head(widths[-1], outputs or 1) if dueling else None
+        self.advantage = last_layer(widths[-1], actions * (outputs or 1))
+        self.value = last_layer(widths[-1], outputs or 1) if dueling else None
         self.reduced = False
         """Whether the hidden layers are computed in bfloat16, as training may."""
         self.shape: tuple[int, ...] = (actions, outputs) if outputs else (actions,)

@@ -215,7 +215,7 @@ def run_worker(
     rank, workers = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     torch.use_deterministic_algorithms(True)
-    # Or all new memory would be filled first, 5 % of a small step, for whoever reads what was never written.
+    # Else all new memory is filled, to show who reads what was never written; that is 5 % of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(spec.seed)
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")

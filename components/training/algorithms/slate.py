@@ -26,16 +26,16 @@ class SlateNetwork(nn.Module):
         self.slate = slate
 
         def apart(inputs: int) -> nn.ModuleList:
-            # In one network the errors of large values would drown those of appeals.
+            # Value and appeal: in one network the errors of large values would drown those of appeals.
             return nn.ModuleList(QNetwork(inputs, 1, hidden_layers) for _ in range(2))
 
-        self.items = apart(state + item)
+        self.of_items = apart(state + item)
         self.of_nothing = apart(state) if state else None
         self.bias = nn.Parameter(torch.zeros(2))
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Normalized features of states and items side by side, float32 [T, S + G] -> [T, 2]."""
-        return torch.cat([each(pairs) for each in self.items], 1)
+        return torch.cat([each(pairs) for each in self.of_items], 1)
 
     def nothing(self, state: Tensor) -> Tensor:
         """float32 [B, S] -> [B, 2]."""
@@ -90,10 +90,9 @@ def gains(judged: Tensor, size: int) -> Tensor:
         there = appeal[:, :-1] > -torch.inf
         return torch.where(there, mass[:, :-1] * (value[:, :-1] - level.unsqueeze(1)), -torch.inf)
 
-    level = value[:, -1]
+    level, both = value[:, -1], torch.stack([value, mass], 2)
     for _ in range(ROUNDS):
-        shown = torch.stack([value, mass], 2)
-        value_shown, shares = on_slates(shown, beyond(level).topk(size, 1).indices).unbind(2)
+        value_shown, shares = on_slates(both, beyond(level).topk(size, 1).indices).unbind(2)
         total = shares.sum(1)
         level = (shares * value_shown).sum(1) / total
     return beyond(level) / total.unsqueeze(1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from components.evaluation.fitted_q import FittedQ
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
@@ -142,10 +143,9 @@ def test_what_follows_an_end_is_no_looking_ahead(log: Log) -> None:
 def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     data, policy = transitions(log), MODEL.target[log.state]
     once, again, on = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(3))
-    first = on.first_steps
-    once.fit(policy, first + 10)
-    again.fit(policy, first + 10)
-    on.fit(policy, first)
+    once.fit(policy, 20)
+    again.fit(policy, 20)
+    on.fit(policy, 10)
     half = on.predict(every_state())
     on.fit(policy, 10)
     np.testing.assert_array_equal(once.predict(every_state()), again.predict(every_state()))
@@ -153,20 +153,24 @@ def test_a_fit_is_repeatable_and_goes_on_from_the_one_before(log: Log) -> None:
     assert not np.array_equal(half, on.predict(every_state()))
 
 
-def test_the_first_fit_goes_on_until_values_have_come_from_as_far_as_they_count(log: Log) -> None:
+def test_the_reach_of_a_fit_is_that_of_the_discount_or_of_the_longest_mdp(log: Log) -> None:
     data, policy = transitions(log), MODEL.target[log.state]
-    longest = MODEL.horizon / 0.05
-    for discount, steps in ((0.0, 0), (0.3, np.log(0.05) / np.log(0.3) / 0.05), (0.99, longest), (1.0, longest)):
-        fitted = FittedQ(data, SPEC, per_row(discount, data), seed=0)
-        assert fitted.first_steps == np.ceil(steps)
-    fitted.fit(policy, 1)
-    assert fitted.first_steps == 0
+    to_the_end = np.ceil((MODEL.horizon + 1.65 * MODEL.horizon**0.5) / 0.05)
+    for discount, steps in ((0.0, 0), (0.3, 85), (0.99, to_the_end), (1.0, to_the_end)):
+        assert FittedQ(data, SPEC, per_row(discount, data), seed=0).reach == steps
     enough, few = (FittedQ(data, SPEC, per_row(MODEL.discount, data), seed=0) for _ in range(2))
-    few.first_steps = 0
-    for each in (enough, few):
-        each.fit(policy, 10)
+    enough.fit(policy, enough.reach)
+    few.fit(policy, 10)
     distance = [np.abs(each.predict(every_state()) - exact()).mean() for each in (enough, few)]
     assert distance[0] < 0.5 * distance[1]
+
+
+def test_the_reach_is_where_a_first_guess_has_faded() -> None:
+    left = (1 - 0.05 * (1 - 0.99)) ** np.array([FittedQ._reach(0.99, 10**6) - 1, FittedQ._reach(0.99, 10**6)])
+    assert left[0] > 0.05 >= left[1]
+    # Values have come from the end of 100 decisions once 100 of so many steps, with a chance of 5 % each, have struck.
+    assert stats.binom(FittedQ._reach(1.0, 100), 0.05).sf(99) > 0.94
+    assert FittedQ._reach(1.0, 10**6) == 50_000
 
 
 def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: Log) -> None:
@@ -174,7 +178,6 @@ def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: L
     fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, per_row(MODEL.discount, data), seed=0)
     for values in fitted.target.parameters():
         values.fill_(50.0)
-    fitted.first_steps = 0
     fitted.fit(MODEL.target[log.state], 1)
     highest = data.metrics.max(0) / (1 - MODEL.discount)
     np.testing.assert_allclose(fitted.highest * fitted.scale, highest, rtol=1e-5)

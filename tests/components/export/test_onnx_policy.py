@@ -298,7 +298,7 @@ def test_an_item_of_much_appeal_and_little_worth_is_left_out_by_graph_and_torch_
     algorithm = Algorithm.model_validate({"slateQ": {"hiddenLayers": [8]}})
     network = build_network(algorithm, SPEC, Actions([], described=item, slate=2)).eval()
     with torch.no_grad():
-        for of, slope in zip(network.network.items, (-60.0, 4.0), strict=True):
+        for of, slope in zip(network.network.of_items, (-60.0, 4.0), strict=True):
             # Two units that are the price's positive and its negative part.
             of.body[0].weight[:2] = of.body[0].bias[:2] = 0
             of.body[0].weight[:2, -1] = torch.tensor([1.0, -1.0])
