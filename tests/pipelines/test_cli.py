@@ -136,15 +136,21 @@ def test_compile_writes_the_stages_and_what_a_cluster_adds_as_kfp_components(run
 def test_a_stage_is_given_only_what_it_reads(run):
     given = parameters(load_job(EXAMPLE).spec, "log.parquet", "v")
     for stage in STAGES:
-        sections = set(json.loads(given[f"{stage}_job"])) - {"actionSpace", "actions", "seed"}
+        sections = set(json.loads(given[f"{stage}_job"])) - {"actionSpace", "actions", "slate", "seed"}
         assert sections == {to_camel(section.partition(".")[0]) for section in SECTIONS[stage]}
     assert json.loads(given["understanding_job"])["evaluation"] == {"gate": {"metric": "balanced"}}
 
 
-@pytest.mark.parametrize("space", ["parametric", "continuous"])
-def test_what_a_stage_is_given_is_a_job_of_its_own(space):
-    algorithm = {"parametric": {"cql": {}}, "continuous": {"iql": {}}}[space]
-    job = {"actionSpace": space, "algorithm": algorithm, "data": {"decisionLog": "log.parquet"}}
+@pytest.mark.parametrize(
+    ("space", "more"),
+    [
+        ("parametric", {"algorithm": {"cql": {}}}),
+        ("continuous", {"algorithm": {"iql": {}}}),
+        ("slate", {"algorithm": {"slateQ": {}}, "slate": {"size": 2}}),
+    ],
+)
+def test_what_a_stage_is_given_is_a_job_of_its_own(space, more):
+    job = {"actionSpace": space, "data": {"decisionLog": "log.parquet"}, **more}
     given = parameters(JobSpec.model_validate(job), "log.parquet", "v")
     for stage in STAGES:
         assert JobSpec.model_validate_json(given[f"{stage}_job"]).action_space == space
