@@ -860,7 +860,7 @@ class JobSpec(Model):
         return JobSpec.model_validate(document)
 
     def only(self, *sections: str) -> str:
-        """The named sections, what an action is, and the seed as JSON: what a stage reads, so that no more makes it stale.
+        """The named sections, what an action is, and the seed as JSON: what a stage reads, lest others make it stale.
 
         A dot leads into a section: `evaluation.gate.metric`.
         """
