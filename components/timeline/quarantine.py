@@ -19,9 +19,8 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
 
     The reasons: `unparsable` (a line), `unreadable_<column>`, `missing_<column>` of a key, the time or the action,
     `unknown_action`, `action_not_possible`, `probability_out_of_range`, `non_finite_feature`, `non_finite_action`,
-    `non_finite_metric`, and of slates `slate_of_other_size`, `missing_possible_actions`, `choice_not_on_slate`; an item
-    without a number is missing, too.
-    `duplicate_step` is told when rows are put in order.
+    `non_finite_metric`, and of slates `slate_of_other_size`, `missing_possible_actions`, `choice_not_on_slate`. An item
+    without a number counts as missing. `duplicate_step` is told when rows are put in order.
     """
     checks: list[tuple[str, Column]] = [
         ("missing_mdp_id", F.col("mdp_id").isNull() | (F.col("mdp_id") == "")),

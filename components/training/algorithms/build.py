@@ -53,8 +53,9 @@ def build_network(algorithm: job.Algorithm, normalization: NormalizationSpec, ac
         return Normalized(graph, _network(config, graph.outputs, len(actions.names)))
     of_actions = NormalizationGraph(actions.described)
     if isinstance(config, job.SlateQ):
-        size, hidden = actions.slate or 1, config.hidden_layers
-        return NormalizedPairs(graph, of_actions, SlateNetwork(graph.outputs, of_actions.outputs, size, hidden))
+        assert actions.slate is not None
+        slates = SlateNetwork(graph.outputs, of_actions.outputs, actions.slate, config.hidden_layers)
+        return NormalizedPairs(graph, of_actions, slates)
     network = _network(config, graph.outputs + of_actions.outputs, 1, state_inputs=graph.outputs)
     return NormalizedPairs(graph, of_actions, network)
 
