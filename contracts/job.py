@@ -126,7 +126,7 @@ class Features(Model):
     service: str | None = Field(
         None, description="Feature service whose values are joined to each decision, as they were known at its time."
     )
-    keys: list[Annotated[str, Field(min_length=1)]] = Field(
+    keys: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         [], max_length=16, description="Columns of the log that are join keys of the service, besides `mdp_id`."
     )
     action_key: str | None = Field(

@@ -23,6 +23,8 @@ from tests.operator.bluewhale_operator.cel_cases import (
     CASES,
     FIXED_IN_A_JOB,
     NIGHTLY,
+    PRICE,
+    SLATES,
     Case,
     Object,
     job,
@@ -31,6 +33,8 @@ from tests.operator.bluewhale_operator.cel_cases import (
 )  # fmt: skip
 
 EXAMPLES = Path(__file__).parents[2] / "manifests" / "examples"
+NOT_ALONE = ("actionSpace", "slate", "actionBounds")
+"""Fields that other fields must go with."""
 MERGE, APPLY = "application/merge-patch+json", "application/apply-patch+yaml"
 
 pytestmark = pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBECONFIG names no cluster")
@@ -149,11 +153,17 @@ def test_a_rule_lets_pass_what_keeps_it_and_refuses_what_does_not(api: Api, crea
     assert case.says in refusal(error)
 
 
-@pytest.mark.parametrize("name", FIXED_IN_A_JOB)
+@pytest.mark.parametrize("name", [name for name in FIXED_IN_A_JOB if name not in NOT_ALONE])
 def test_a_job_with_a_schedule_may_be_changed_for_its_next_runs(api: Api, created: Any, name: str) -> None:
     old = created(job(schedule=NIGHTLY))
     changed = api.replace({**old, "spec": old["spec"] | {name: FIXED_IN_A_JOB[name]}}, dryRun="All")
     assert changed["metadata"]["generation"] == 2
+
+
+@pytest.mark.parametrize("spec", [PRICE, SLATES], ids=lambda spec: spec["actionSpace"])
+def test_the_next_runs_of_a_schedule_may_be_of_another_action_space(api: Api, created: Any, spec: Object) -> None:
+    old = created(job(schedule=NIGHTLY))
+    assert api.replace({**old, "spec": old["spec"] | spec}, dryRun="All")["metadata"]["generation"] == 2
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -225,6 +225,24 @@ def test_a_schedule_of_other_than_five_fields_is_refused(cron: str) -> None:
         RLTrainingJob.model_validate(job(schedule={"cron": cron}))
 
 
+PAIRS = re.compile(r"self\.(\w+)\.all\((\w), self\.\1\.exists_one\(")
+
+
+def test_lists_whose_items_a_rule_compares_with_each_other_are_bounded() -> None:
+    """An API server refuses a CRD of whose rules it cannot bound the cost."""
+    compared = [
+        (f"{path}.{found[1]}", schema["properties"][found[1]])
+        for kind in KINDS.values()
+        for path, schema in objects_in(schema_of(kind))
+        for rule in schema.get("x-kubernetes-validations", ())
+        for found in PAIRS.finditer(rule["rule"])
+    ]
+    assert {path for path, _ in compared} >= {".spec.actions", ".spec.data.features.keys"}
+    for path, field in compared:
+        assert "maxItems" in field, path
+        assert field["items"]["type"] != "string" or "maxLength" in field["items"], path
+
+
 def test_every_cel_rule_has_a_case(kind: crd.Kind) -> None:
     messages = {
         rule["message"]
