@@ -41,7 +41,12 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     generated = client.V1ObjectMeta(generate_name="bluewhale-operator-")
     name = core.create_namespace(client.V1Namespace(metadata=generated)).metadata.name
     yield name
-    with suppress(ApiException):  # a test may have deleted it
+    # The operator has ended, and nobody else would let go of jobs that still have a run.
+    jobs, where = client.CustomObjectsApi(cluster.client), (*API_VERSION.split("/"), name, "rltrainingjobs")
+    with suppress(ApiException):  # a test may have deleted them
+        for job in jobs.list_namespaced_custom_object(*where)["items"]:
+            jobs.patch_namespaced_custom_object(*where, job["metadata"]["name"], {"metadata": {"finalizers": None}})
+    with suppress(ApiException):
         core.delete_namespace(name)
 
 
