@@ -16,25 +16,28 @@ from contracts.job import PolicyHead
 class NoisyLinear(nn.Linear):
     """A linear layer with noise on its weights, whose size is learned (Fortunato et al. 2018, arXiv 1706.10295).
 
-    The noise is factorised Gaussian (equation 11), drawn anew in each forward pass of training; there is none at
-    evaluation.
+    The noise is factorised Gaussian (equation 11), drawn anew in each forward pass of training and for each row: where
+    all rows share it, it moves all values of a batch alike, and gradients with them. There is none at evaluation.
     """
+
+    SIZE = 0.1
+    """At first, times 1 / sqrt(inputs): small enough for the little that tells actions apart in the beginning."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.weight_noise = nn.Parameter(torch.full((outputs, inputs), 0.5 / inputs**0.5))
-        self.bias_noise = nn.Parameter(torch.full((outputs,), 0.5 / inputs**0.5))
+        self.weight_noise = nn.Parameter(torch.full((outputs, inputs), self.SIZE / inputs**0.5))
+        self.bias_noise = nn.Parameter(torch.full((outputs,), self.SIZE / inputs**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         before, after = (self._noise(size, x) for size in (self.in_features, self.out_features))
-        weight = self.weight + self.weight_noise * torch.outer(after, before)
-        return nn.functional.linear(x, weight, self.bias + self.bias_noise * after)
+        # (W' o after before^T) x = after o W' (before o x)
+        return super().forward(x) + after * nn.functional.linear(x * before, self.weight_noise, self.bias_noise)
 
     @staticmethod
     def _noise(size: int, like: Tensor) -> Tensor:
-        drawn = torch.randn(size, device=like.device)
+        drawn = torch.randn((len(like), size), device=like.device)
         return drawn.sign() * drawn.abs().sqrt()
 
 

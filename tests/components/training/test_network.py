@@ -67,15 +67,26 @@ def test_raw_features_are_normalized_before_the_network() -> None:
 def test_a_noisy_layer_is_noisy_in_training_alone_and_learns_how_much() -> None:
     torch.manual_seed(0)
     layer = NoisyLinear(4, 3)
-    assert (layer.weight_noise == 0.25).all()  # 0.5 / sqrt(4)
-    assert (layer.bias_noise == 0.25).all()
+    assert (layer.weight_noise == layer.bias_noise[0]).all()
     x = torch.randn(5, 4)
     assert not torch.equal(layer(x), layer(x))
-    drawn = torch.stack([layer(x) for _ in range(4000)])
-    torch.testing.assert_close(drawn.mean(0), layer.eval()(x), atol=0.1, rtol=0)
-    layer.train()(x).square().sum().backward()
+    layer(x).square().sum().backward()
     assert layer.weight_noise.grad.abs().sum() > 0
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_noise_has_the_size_of_its_weights_and_each_row_has_its_own() -> None:
+    torch.manual_seed(0)
+    layer, x = NoisyLinear(4, 3), torch.randn(5, 4)
+    with torch.no_grad():
+        layer.weight_noise.copy_(torch.rand(3, 4))
+        layer.bias_noise.copy_(torch.rand(3))
+        noise = torch.stack([layer(x) for _ in range(20_000)]) - layer.eval()(x)
+    square = (2 / np.pi) ** 0.5  # of sign(z) sqrt(|z|), where z is normal
+    wanted = square * (square * x.square() @ layer.weight_noise.square().T + layer.bias_noise.square())
+    torch.testing.assert_close(noise.square().mean(0), wanted.detach(), rtol=0.05, atol=0)
+    assert noise.mean(0).abs().max() < 5 * (wanted.max() / 20_000) ** 0.5
+    assert torch.corrcoef(noise[:, :, 0].T).fill_diagonal_(0).abs().max() < 5 / 20_000**0.5
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])

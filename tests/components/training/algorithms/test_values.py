@@ -214,8 +214,7 @@ def learned(algorithm: dict[str, Any], goes_on: float = 0.5, steps: int = 1200) 
     ids=str,
 )
 def test_the_values_of_a_chain_are_learned(algorithm: dict[str, Any]) -> None:
-    # Noise slows learning.
-    found, _ = learned(algorithm, steps=4000 if algorithm.get("dqn", {}).get("noisy") else 1200)
+    found, _ = learned(algorithm)
     np.testing.assert_allclose(found, value_iteration(), atol=0.06)
 
 
