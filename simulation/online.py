@@ -82,7 +82,10 @@ OF_VALUES: dict[str, Any] = {
 }
 KNOWN: dict[str, tuple[Settings, dict[str, Any]]] = {
     "CartPole-v1": (Settings(60_000, updates=0.5, batch=128, look_every=2_500, enough=499), OF_VALUES | {"steps": 3}),
-    "Acrobot-v1": (Settings(100_000, updates=0.5, batch=128, exploration=0.1, enough=-82), OF_VALUES),
+    "Acrobot-v1": (
+        Settings(200_000, updates=0.5, batch=128, exploration=0.1, explored=0.15, enough=-82),
+        OF_VALUES,
+    ),
     "LunarLander-v3": (Settings(150_000, updates=0.5, batch=128, look_every=10_000, enough=250), OF_VALUES),
     "Pendulum-v1": (
         Settings(20_000, copies=4, batch=128, discount=0.98, exploration=0.1, look_every=1_000, enough=-170),
