@@ -38,6 +38,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         # A column of continuous numbers is no dictionary, and Parquet should see that soon: it tries one for each of
         # hundreds of columns, by default up to a mebibyte.
         "spark.hadoop.parquet.dictionary.page.size": str(64 * 1024),
+        # What is cached is joined into as few partitions as other results are.
+        "spark.sql.optimizer.canChangeCachedPlanOutputPartitioning": "true",
     }
     if master.startswith("k8s://"):
         settings |= executor_settings(os.environ, Path(tempfile.mkdtemp(prefix="spark-")) / "executor.yaml")

@@ -16,12 +16,13 @@ from contracts.job import PolicyHead
 class NoisyLinear(nn.Linear):
     """A linear layer with noise on its weights, whose size is learned (Fortunato et al. 2018, arXiv 1706.10295).
 
-    The noise is factorised Gaussian (equation 11), drawn anew in each forward pass of training and for each row: where
-    all rows share it, it moves all values of a batch alike, and gradients with them. There is none at evaluation.
+    The noise is factorised Gaussian (equation 11), drawn anew in each forward pass of training and for each row, which
+    of listed actions is one of them: where all rows share it, it moves all values of a batch alike, and gradients with
+    them. There is none at evaluation.
     """
 
     SIZE = 0.1
-    """At first, times 1 / sqrt(inputs): small enough for the little that tells actions apart in the beginning."""
+    """Of the noise at first, times 1 / sqrt(inputs). The paper's 0.5 drowns the differences that values begin with."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -37,7 +38,7 @@ class NoisyLinear(nn.Linear):
 
     @staticmethod
     def _noise(size: int, like: Tensor) -> Tensor:
-        drawn = torch.randn((len(like), size), device=like.device)
+        drawn = torch.randn((*like.shape[:-1], size), device=like.device)
         return drawn.sign() * drawn.abs().sqrt()
 
 
@@ -85,7 +86,7 @@ class QNetwork(nn.Module):
         noisy: bool = False,
     ) -> None:
         super().__init__()
-        # Noise on all layers hides small differences between values: in Acrobot nothing is learned then.
+        # In the heads alone: what it does in all layers hides small differences between values.
         last_layer = NoisyLinear if noisy else nn.Linear
         widths = [inputs, *hidden_layers]
         layers: list[nn.Module] = []

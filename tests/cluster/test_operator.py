@@ -43,10 +43,10 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     yield name
     # The operator has ended, and nobody else would let go of jobs that still have a run.
     jobs, where = client.CustomObjectsApi(cluster.client), (*API_VERSION.split("/"), name, "rltrainingjobs")
-    with suppress(ApiException):  # a test may have deleted them
-        for job in jobs.list_namespaced_custom_object(*where)["items"]:
+    for job in jobs.list_namespaced_custom_object(*where)["items"]:
+        with suppress(ApiException):  # where its deletion has begun, it may be gone
             jobs.patch_namespaced_custom_object(*where, job["metadata"]["name"], {"metadata": {"finalizers": None}})
-    with suppress(ApiException):
+    with suppress(ApiException):  # a test may have deleted it
         core.delete_namespace(name)
 
 
