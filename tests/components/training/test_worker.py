@@ -282,7 +282,7 @@ def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny(
     "algorithm",
     [
         {"bcq": {"hiddenLayers": [8]}},
-        {"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}},
+        {"cql": {"hiddenLayers": [8], "steps": 2}},
         {"behaviourCloning": {"hiddenLayers": [8]}},
         {"linUcb": {}},
     ],
