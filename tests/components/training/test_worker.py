@@ -297,3 +297,12 @@ def test_each_algorithm_learns_on_two_workers_what_it_learns_on_one(
         torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-3)
     figures = json.loads((tmp_path / "1" / "losses.jsonl").read_text().splitlines()[-1])
     assert all(abs(figure) < 1e4 for figure in figures.values())
+
+
+def test_a_noisy_network_learns_on_two_workers_nearly_what_it_learns_on_one(stages: Path, tmp_path: Path) -> None:
+    # Each worker draws the noise of its own rows.
+    noisy = Algorithm.model_validate({"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}})
+    made = SPEC.model_copy(update={"algorithm": noisy})
+    one, two = (trained(stages, tmp_path / str(n), workers=n, spec=made, epochs=1) for n in (1, 2))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=0.02)
