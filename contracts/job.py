@@ -635,6 +635,11 @@ class Evaluation(Model):
 
     confidence: Fraction = Field(0.95, description="Level of the bootstrap intervals.")
     bootstrap_samples: int = Field(1000, ge=100, description="Resamples of the held-out MDPs.")
+    sample_rows: int = Field(
+        1_000_000,
+        ge=100,
+        description="Most decisions to estimate from, about, and as many others to fit models to: whole MDPs.",
+    )
     fitted_q_steps: int = Field(
         1500,
         ge=1,

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from components.columns import load_transitions
+from components.columns import Choose, load_transitions
 from components.evaluation import estimators as cpe
 from components.evaluation.acted import Plan, logged_features, one_each, plan, propensities, taken_probability
 from components.evaluation.fitted_q import FittedPairs, FittedQ
 from components.evaluation.slates import chosen_features, fit_choices, plan_logged, plan_slates, slate_probability
 from components.training.bundle import Bundle, read_bundle
-from components.transitions import Lists, Transitions
+from components.transitions import Lists, Transitions, check_held_out, sample_mdps
 from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
@@ -25,15 +25,16 @@ def evaluate(
 ) -> None:
     """Write `report.json`: per epoch, estimator and metric {value, low, high, relative, relative_low, relative_high}.
 
-    Models of the values are fitted to the training MDPs, estimates are made on the held-out ones, and intervals come
-    from resampling whole MDPs. `relative` is the estimate over the logged policy's value, its interval resampled
-    jointly. Estimators that need propensities are refused, with the reason, where the log has none. Raises
-    `StageError` for a gate on a metric that the log does not have. With `last_only`, of the last epoch alone.
+    Models of the values are fitted to the training MDPs, estimates are made on the held-out ones, of both on a sample
+    where there are more rows than `evaluation.sampleRows`, and intervals come from resampling whole MDPs. `relative` is
+    the estimate over the logged policy's value, its interval resampled jointly. Estimators that need propensities are
+    refused, with the reason, where the log has none. Raises `StageError` for a gate on a metric that the log does not
+    have. With `last_only`, of the last epoch alone.
     """
     read_record(training)
     with stage("evaluation", output) as (directory, facts):
-        train, held_out = load_transitions(features, spec).split(spec)
-        held_out, excluded = _whole_mdps(held_out)
+        train, read = load_transitions(features, spec, sampled(spec)).split(spec)
+        held_out, excluded = _whole_mdps(read)
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         directories = sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))
@@ -58,10 +59,26 @@ def evaluate(
             "gate": verdict,
             "logged": evaluator.logged,
             "diagnostics": evaluator.diagnostics(bundles[-1])
-            | {"held_out_mdps": evaluator.n, "held_out_decisions": len(held_out), "excluded_mdps": excluded},
+            | {
+                "held_out_mdps": evaluator.n,
+                "held_out_decisions": len(held_out),
+                "excluded_mdps": excluded,
+                "unread_mdps": int(check_held_out(read.mdp_ids, spec).sum()) - len(np.unique(read.mdp)),
+            },
         }
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         facts |= {"gate": verdict, "held_out_mdps": evaluator.n, "excluded_mdps": excluded}
+
+
+def sampled(spec: JobSpec) -> Choose:
+    """Training and held-out MDPs, of each by their hash until there are about as many rows as the job says."""
+
+    def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
+        out = check_held_out(mdp_ids, spec)
+        limit, key = spec.evaluation.sample_rows, f"evaluation-{spec.seed}"
+        return sample_mdps(mdp_ids, lengths, out, limit, key) | sample_mdps(mdp_ids, lengths, ~out, limit, key)
+
+    return choose
 
 
 def judge(gate: Gate, final: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +112,7 @@ class _Evaluator:
         self.factor = held_out.discount_from_start(spec.reward)
         _, self.mdp = np.unique(held_out.mdp, return_inverse=True)
         self.n = int(self.mdp.max()) + 1
-        self.counts = cpe.bootstrap_counts(self.n, spec.evaluation.bootstrap_samples, spec.seed)
+        self.replicates = cpe.bootstrap(self.mdp, spec.evaluation.bootstrap_samples, spec.seed)
         self.discrete = bundle.actions.space == "discrete"
         self.fit_steps = spec.evaluation.fitted_q_steps
         self.choices = fit_choices(bundle, train, self.fit_steps, spec.seed) if spec.slate else None
@@ -109,10 +126,9 @@ class _Evaluator:
             self.names.append(REWARD)
             self.mix = np.concatenate([self.mix, weights[:, None]], axis=1)
         self.metrics = held_out.metrics.astype(np.float64) @ self.mix
-        steps = [cpe.logged_per_step(self.metrics[:, m], self.mdp, self.counts) for m in range(len(self.names))]
-        totals = [
-            cpe.logged_per_mdp(self.metrics[:, m], self.factor, self.mdp, self.counts) for m in range(len(self.names))
-        ]
+        drawn = self.mdp, self.replicates
+        steps = [cpe.logged_per_step(metric, *drawn) for metric in self.metrics.T]
+        totals = [cpe.logged_per_mdp(metric, self.factor, *drawn) for metric in self.metrics.T]
         self.logged_samples = {"stepwise": steps, "sequential": totals}
         self.logged = {
             "per_step": {name: float(s[0]) for name, s in zip(self.names, steps, strict=True)},
@@ -163,22 +179,22 @@ class _Evaluator:
         for m, name in enumerate(self.names):
             metric, modelled = self.metrics[:, m], expected[:, :, m]
             samples = {
-                "stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.counts),
+                "stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.replicates),
             }
             if not self.broken_off:
                 samples["sequential_direct_method"] = cpe.sequential_direct_method(
-                    q[:, :, m], target, self.mdp, self.counts
+                    q[:, :, m], target, self.mdp, self.replicates
                 )
             if weight is not None:
                 samples |= {
                     "stepwise_importance_sampling": cpe.stepwise_importance_sampling(
-                        metric, weight, self.mdp, self.counts
+                        metric, weight, self.mdp, self.replicates
                     ),
                     "stepwise_doubly_robust": cpe.stepwise_doubly_robust(
-                        metric, weight, modelled, target, action, self.mdp, self.counts
+                        metric, weight, modelled, target, action, self.mdp, self.replicates
                     ),
                     "weighted_sequential_doubly_robust": cpe.weighted_sequential_doubly_robust(
-                        metric, weight, q[:, :, m], target, action, self.factor, self.mdp, self.counts
+                        metric, weight, q[:, :, m], target, action, self.factor, self.mdp, self.replicates
                     ),
                 }
             for estimator, values in samples.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components.columns import Choose, load_transitions
 from components.normalization.spec import NormalizationSpec
-from components.transitions import check_held_out
+from components.transitions import check_held_out, sample_mdps
 from components.understanding.dynamics import (
     Expectation,
     Outcomes,
@@ -90,11 +90,8 @@ def training_sample(spec: JobSpec) -> Choose:
     """Training MDPs, by their hash, until there are about as many rows as the job says."""
 
     def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
-        train = np.flatnonzero(~check_held_out(mdp_ids, spec))
-        order = train[np.argsort([unit_interval(f"understanding-{spec.seed}", mdp_ids[i]) for i in train])]
-        chosen = np.zeros(len(mdp_ids), bool)
-        chosen[order[np.cumsum(lengths[order]) - lengths[order] < spec.understanding.sample_rows]] = True
-        return chosen
+        train, limit = ~check_held_out(mdp_ids, spec), spec.understanding.sample_rows
+        return sample_mdps(mdp_ids, lengths, train, limit, f"understanding-{spec.seed}")
 
     return choose
 

@@ -10,11 +10,16 @@ from components.evaluation import estimators as cpe
 from tests.components.evaluation.tabular_mdp import Log, TabularMdp
 
 SMALL, UNEVEN = TabularMdp.small(), TabularMdp.uneven()
-Estimate = Callable[[TabularMdp, Log, np.ndarray], np.ndarray]
+Estimate = Callable[[TabularMdp, Log, cpe.Replicates], np.ndarray]
 
 
-def once(mdps: int) -> np.ndarray:
-    return np.ones((1, mdps), np.int64)
+def once(mdps: int) -> cpe.Replicates:
+    return drawn([[1] * mdps])
+
+
+def drawn(counts: list[list[int]]) -> cpe.Replicates:
+    """Replicates that draw each MDP so many times."""
+    return cpe.Replicates(np.array(counts, float), np.arange(len(counts[0])))
 
 
 def logs_of(model: TabularMdp, logs: int, mdps: int, seed: int) -> list[Log]:
@@ -27,34 +32,34 @@ def standard_errors_off(estimates: list[float], truth: float) -> float:
     return float((values.mean() - truth) / (values.std(ddof=1) / np.sqrt(len(values))))
 
 
-def importance_sampling(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return cpe.stepwise_importance_sampling(log.metric, model.weights(log), log.mdp, counts)
+def importance_sampling(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return cpe.stepwise_importance_sampling(log.metric, model.weights(log), log.mdp, replicates)
 
 
-def direct_method(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return cpe.stepwise_direct_method(model.reward[log.state], model.target[log.state], log.mdp, counts)
+def direct_method(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return cpe.stepwise_direct_method(model.reward[log.state], model.target[log.state], log.mdp, replicates)
 
 
 def doubly_robust(
-    model: TabularMdp, log: Log, counts: np.ndarray, modelled: np.ndarray, weight: np.ndarray
+    model: TabularMdp, log: Log, replicates: cpe.Replicates, modelled: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
     return cpe.stepwise_doubly_robust(
-        log.metric, weight, modelled[log.state], model.target[log.state], log.action, log.mdp, counts
+        log.metric, weight, modelled[log.state], model.target[log.state], log.action, log.mdp, replicates
     )
 
 
-def right_model(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
+def right_model(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
     """Doubly robust with the exact model, and propensities that are wrong."""
-    return doubly_robust(model, log, counts, model.reward, 0.5 + 0.3 * log.action + 0.2 * log.state)
+    return doubly_robust(model, log, replicates, model.reward, 0.5 + 0.3 * log.action + 0.2 * log.state)
 
 
-def right_propensities(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
+def right_propensities(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
     """Doubly robust with the logged propensities, and a model that is wrong."""
-    return doubly_robust(model, log, counts, WRONG, model.weights(log))
+    return doubly_robust(model, log, replicates, WRONG, model.weights(log))
 
 
-def both_wrong(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return doubly_robust(model, log, counts, WRONG, 0.5 + 0.3 * log.action + 0.2 * log.state)
+def both_wrong(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return doubly_robust(model, log, replicates, WRONG, 0.5 + 0.3 * log.action + 0.2 * log.state)
 
 
 WRONG = 1 - 2 * SMALL.reward
@@ -66,7 +71,7 @@ def factor(mdp: np.ndarray, discount: float) -> np.ndarray:
 
 
 def sequential(
-    model: TabularMdp, log: Log, counts: np.ndarray, q: np.ndarray, weight: np.ndarray | None = None
+    model: TabularMdp, log: Log, replicates: cpe.Replicates, q: np.ndarray, weight: np.ndarray | None = None
 ) -> np.ndarray:
     """Weighted sequential doubly robust with a model of the values, [horizon, S, A]."""
     return cpe.weighted_sequential_doubly_robust(
@@ -77,24 +82,24 @@ def sequential(
         log.action,
         factor(log.mdp, model.discount),
         log.mdp,
-        counts,
+        replicates,
     )
 
 
-def exact_q(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return sequential(model, log, counts, model.q_values())
+def exact_q(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return sequential(model, log, replicates, model.q_values())
 
 
-def no_q(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return sequential(model, log, counts, np.zeros_like(model.q_values()))
+def no_q(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return sequential(model, log, replicates, np.zeros_like(model.q_values()))
 
 
-def wrong_q(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return sequential(model, log, counts, 3 - 0.5 * model.q_values())
+def wrong_q(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return sequential(model, log, replicates, 3 - 0.5 * model.q_values())
 
 
-def exact_q_wrong_propensities(model: TabularMdp, log: Log, counts: np.ndarray) -> np.ndarray:
-    return sequential(model, log, counts, model.q_values(), 0.6 + 0.5 * log.action + 0.1 * log.state)
+def exact_q_wrong_propensities(model: TabularMdp, log: Log, replicates: cpe.Replicates) -> np.ndarray:
+    return sequential(model, log, replicates, model.q_values(), 0.6 + 0.5 * log.action + 0.1 * log.state)
 
 
 @pytest.mark.parametrize("estimate", [importance_sampling, direct_method, right_model, right_propensities])
@@ -178,7 +183,8 @@ def test_bootstrap_intervals_are_as_wide_as_they_should_be(estimate: Estimate, t
     rng = np.random.default_rng(7)
     values, low, high = np.empty(logs), np.empty(logs), np.empty(logs)
     for i in range(logs):
-        samples = estimate(SMALL, SMALL.simulate(mdps, rng), cpe.bootstrap_counts(mdps, 300, seed=i))
+        log = SMALL.simulate(mdps, rng)
+        samples = estimate(SMALL, log, cpe.bootstrap(log.mdp, 300, seed=i))
         values[i] = samples[0]
         low[i], high[i] = np.quantile(samples[1:], [0.025, 0.975])
     covered = np.mean((low <= truth) & (truth <= high))
@@ -186,12 +192,21 @@ def test_bootstrap_intervals_are_as_wide_as_they_should_be(estimate: Estimate, t
     assert np.mean(high - low) / 2 == pytest.approx(1.96 * values.std(ddof=1), rel=0.15)
 
 
-def test_replicates_are_what_the_estimator_finds_in_a_log_with_whole_mdps_repeated() -> None:
+@pytest.mark.parametrize(("groups", "held"), [(30, 10_000), (7, 10_000), (30, 1), (7, 20)])
+def test_replicates_are_what_the_estimator_finds_in_a_log_with_whole_mdps_repeated(
+    groups: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many MDPs are drawn at a time, and steps are looked at."""
+    monkeypatch.setattr(cpe, "MOST_GROUPS", groups)
+    monkeypatch.setattr(cpe, "FEWEST_GROUPS", 1)
+    monkeypatch.setattr(cpe, "HELD", held)
     log = SMALL.simulate(30, np.random.default_rng(8))
-    counts = cpe.bootstrap_counts(30, 5, seed=9)
-    drawn = [np.repeat(np.arange(30), c) for c in counts]
+    replicates = cpe.bootstrap(log.mdp, 5, seed=9)
+    assert replicates.counts.shape == (6, groups)
+    times = replicates.counts[:, replicates.group].astype(int)
+    drawn = [np.repeat(np.arange(30), t) for t in times]
     for estimate in (importance_sampling, right_propensities, direct_method, exact_q, wrong_q):
-        samples = estimate(SMALL, log, counts)
+        samples = estimate(SMALL, log, replicates)
         for replicate, mdps in enumerate(drawn):
             rows = [np.flatnonzero(log.mdp == m) for m in mdps]
             mdp = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
@@ -203,22 +218,22 @@ def test_replicates_are_what_the_estimator_finds_in_a_log_with_whole_mdps_repeat
 
 class TestTheLoggedPolicyItself:
     log = SMALL.simulate(50, np.random.default_rng(10))
-    counts = cpe.bootstrap_counts(50, 20, seed=11)
+    replicates = cpe.bootstrap(log.mdp, 20, seed=11)
     target = SMALL.behaviour[log.state]
     ones = np.ones(len(log.mdp))
 
     def test_importance_sampling_gives_the_logged_mean(self) -> None:
-        found = cpe.stepwise_importance_sampling(self.log.metric, self.ones, self.log.mdp, self.counts)
-        logged = cpe.logged_per_step(self.log.metric, self.log.mdp, self.counts)
+        found = cpe.stepwise_importance_sampling(self.log.metric, self.ones, self.log.mdp, self.replicates)
+        logged = cpe.logged_per_step(self.log.metric, self.log.mdp, self.replicates)
         np.testing.assert_allclose(found, logged)
         assert logged[0] == pytest.approx(self.log.metric.mean())
 
     def test_doubly_robust_gives_the_logged_mean_when_the_model_sees_no_actions(self) -> None:
         modelled = np.repeat(np.sin(np.arange(len(self.log.mdp)))[:, None], 2, axis=1)
         found = cpe.stepwise_doubly_robust(
-            self.log.metric, self.ones, modelled, self.target, self.log.action, self.log.mdp, self.counts
+            self.log.metric, self.ones, modelled, self.target, self.log.action, self.log.mdp, self.replicates
         )
-        np.testing.assert_allclose(found, cpe.logged_per_step(self.log.metric, self.log.mdp, self.counts))
+        np.testing.assert_allclose(found, cpe.logged_per_step(self.log.metric, self.log.mdp, self.replicates))
 
     def test_doubly_robust_gives_the_logged_mean_when_the_policy_is_deterministic(self) -> None:
         found = cpe.stepwise_doubly_robust(
@@ -228,25 +243,25 @@ class TestTheLoggedPolicyItself:
             np.eye(2)[self.log.action],
             self.log.action,
             self.log.mdp,
-            self.counts,
+            self.replicates,
         )
-        np.testing.assert_allclose(found, cpe.logged_per_step(self.log.metric, self.log.mdp, self.counts))
+        np.testing.assert_allclose(found, cpe.logged_per_step(self.log.metric, self.log.mdp, self.replicates))
 
     @pytest.mark.parametrize("slope", [0.0, 1.7])
     def test_the_sequential_estimator_gives_the_logged_mean_when_the_model_sees_no_actions(self, slope: float) -> None:
         q = np.repeat(slope * self.log.state[:, None].astype(float), 2, axis=1)
         discounts = factor(self.log.mdp, 0.9)
         found = cpe.weighted_sequential_doubly_robust(
-            self.log.metric, self.ones, q, self.target, self.log.action, discounts, self.log.mdp, self.counts
+            self.log.metric, self.ones, q, self.target, self.log.action, discounts, self.log.mdp, self.replicates
         )
-        np.testing.assert_allclose(found, cpe.logged_per_mdp(self.log.metric, discounts, self.log.mdp, self.counts))
+        np.testing.assert_allclose(found, cpe.logged_per_mdp(self.log.metric, discounts, self.log.mdp, self.replicates))
 
 
 def test_the_logged_value_per_mdp_is_a_mean_of_discounted_sums() -> None:
     mdp, metric = np.array([0, 0, 0, 1]), np.array([1.0, 2.0, 4.0, 8.0])
-    counts = np.array([[1, 1], [2, 0], [0, 2]])
-    np.testing.assert_allclose(cpe.logged_per_mdp(metric, factor(mdp, 0.5), mdp, counts), [(3 + 8) / 2, 3, 8])
-    np.testing.assert_allclose(cpe.logged_per_step(metric, mdp, counts), [15 / 4, 7 / 3, 8])
+    replicates = drawn([[1, 1], [2, 0], [0, 2]])
+    np.testing.assert_allclose(cpe.logged_per_mdp(metric, factor(mdp, 0.5), mdp, replicates), [(3 + 8) / 2, 3, 8])
+    np.testing.assert_allclose(cpe.logged_per_step(metric, mdp, replicates), [15 / 4, 7 / 3, 8])
 
 
 def long_log(ratios: list[float], steps: int, discount: float = 1.0) -> dict[str, np.ndarray]:
@@ -267,34 +282,34 @@ def long_log(ratios: list[float], steps: int, discount: float = 1.0) -> dict[str
 def test_only_ratios_of_weights_matter_however_long_an_mdp(ratio: float) -> None:
     with np.errstate(over="raise", invalid="raise"):
         found = cpe.weighted_sequential_doubly_robust(
-            **long_log([ratio, ratio], 2000), counts=np.array([[1, 1], [2, 0], [0, 2]])
+            **long_log([ratio, ratio], 2000), replicates=drawn([[1, 1], [2, 0], [0, 2]])
         )
     np.testing.assert_allclose(found, [3000, 2000, 4000])
 
 
 def test_the_most_likely_mdp_decides_when_weights_are_far_apart() -> None:
     with np.errstate(over="raise", invalid="raise"):
-        found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), counts=once(2))
+        found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), replicates=once(2))
     # At the k-th step the weights stand as 1 to 4^k.
     share = 1 / (1 + 4.0 ** -np.arange(1, 200))
     assert found[0] == pytest.approx(4000 - (1 - share).sum(), rel=1e-9)
 
 
 def test_a_replicate_without_the_most_likely_mdp_is_normalized_over_those_it_drew() -> None:
-    found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), counts=np.array([[2, 0]]))
+    found = cpe.weighted_sequential_doubly_robust(**long_log([0.5, 2.0], 2000), replicates=drawn([[2, 0]]))
     assert found[0] == pytest.approx(2000)
 
 
 def test_an_mdp_that_the_target_policy_would_not_have_lived_counts_for_nothing() -> None:
     rows = long_log([0.0, 1.0], 3, discount=0.5)
-    found = cpe.weighted_sequential_doubly_robust(**rows, counts=once(2))
+    found = cpe.weighted_sequential_doubly_robust(**rows, replicates=once(2))
     assert found[0] == pytest.approx(2 * (1 + 0.5 + 0.25))
 
 
 def test_without_any_weight_the_model_alone_is_left() -> None:
     rows = long_log([0.0, 0.0], 3, discount=0.5) | {"q": np.tile([1.0, 3.0], (6, 1))}
     with np.errstate(invalid="raise"):
-        found = cpe.weighted_sequential_doubly_robust(**rows, counts=once(2))
+        found = cpe.weighted_sequential_doubly_robust(**rows, replicates=once(2))
     assert found[0] == pytest.approx(2.0)
 
 
@@ -310,12 +325,36 @@ def test_the_effective_sample_size_is_kishs() -> None:
     assert cpe.effective_sample_size(np.zeros(4)) == 0
 
 
-def test_bootstrap_counts_start_with_the_log_and_always_draw_as_many_mdps() -> None:
-    counts = cpe.bootstrap_counts(40, 500, seed=12)
-    assert counts.shape == (501, 40)
-    assert (counts[0] == 1).all()
-    assert (counts.sum(1) == 40).all()
+def test_a_bootstrap_starts_with_the_log_and_always_draws_as_many_mdps() -> None:
+    mdp = np.repeat(np.arange(40), 3)
+    found = cpe.bootstrap(mdp, 500, seed=12)
+    assert found.counts.shape == (501, 40)
+    assert (found.counts[0] == 1).all()
+    assert (found.mdps == 40).all()
     # Each MDP is drawn Binomial(40, 1/40) times.
-    assert counts[1:].var() == pytest.approx(1 - 1 / 40, rel=0.05)
-    np.testing.assert_array_equal(counts, cpe.bootstrap_counts(40, 500, seed=12))
-    assert (counts != cpe.bootstrap_counts(40, 500, seed=13)).any()
+    assert found.counts[1:].var() == pytest.approx(1 - 1 / 40, rel=0.05)
+    np.testing.assert_array_equal(found.counts, cpe.bootstrap(mdp, 500, seed=12).counts)
+    assert (found.counts != cpe.bootstrap(mdp, 500, seed=13).counts).any()
+
+
+@pytest.mark.parametrize(("length", "groups"), [(1, 10_000), (5_000, 2_000), (100_000, 1_000)])
+def test_many_mdps_are_drawn_in_groups_of_as_many_fewer_where_one_is_long(length: int, groups: int) -> None:
+    mdp = np.append(np.zeros(length - 1, np.int64), np.arange(25_000))
+    found = cpe.bootstrap(mdp, 3, seed=1)
+    sizes = np.bincount(found.group)
+    assert found.counts.shape == (4, groups)
+    assert set(sizes) <= {25_000 // groups, -(-25_000 // groups)}
+    assert found.mdps[0] == 25_000
+    # Neighbours in the log are in different groups.
+    assert len(np.unique(found.group[:100])) > 90
+
+
+def test_intervals_over_groups_are_as_wide_as_over_mdps(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = UNEVEN.simulate(20_000, np.random.default_rng(13))
+    widths = {}
+    for groups in (20_000, 1_000):
+        monkeypatch.setattr(cpe, "MOST_GROUPS", groups)
+        samples = no_q(UNEVEN, log, cpe.bootstrap(log.mdp, 2_000, seed=14))
+        widths[groups] = samples[1:].std()
+        assert samples[0] == pytest.approx(no_q(UNEVEN, log, once(20_000))[0], rel=1e-9)
+    assert widths[1_000] == pytest.approx(widths[20_000], rel=0.1)

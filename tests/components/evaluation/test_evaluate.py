@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.columns import load_transitions
-from components.evaluation.evaluate import _whole_mdps, evaluate, judge, propensities
+from components.evaluation.evaluate import _whole_mdps, evaluate, judge, propensities, sampled
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_network
@@ -208,7 +208,25 @@ def test_estimates_are_made_on_the_held_out_mdps_alone(stages: Path, report: dic
     expected = sum(unit_interval("holdout-0", m) < 0.5 for m in ids)
     assert report["diagnostics"]["held_out_mdps"] == expected
     assert report["diagnostics"]["held_out_decisions"] == len(held_out(stages))
+    assert report["diagnostics"]["unread_mdps"] == 0
     assert report["logged"]["per_step"]["gain"] == pytest.approx(held_out(stages).metrics[:, 1].mean(), rel=1e-5)
+
+
+def test_of_many_rows_a_sample_of_whole_mdps_is_read_and_the_rest_counted(stages: Path, tmp_path: Path) -> None:
+    evaluation = SPEC.evaluation.model_copy(update={"sample_rows": 200, "fitted_q_steps": 1})
+    spec = SPEC.model_copy(update={"evaluation": evaluation})
+    evaluate(spec, stages / "features", stages / "training", tmp_path / "out", last_only=True)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["diagnostics"]
+    whole = held_out(stages)
+    assert 200 <= found["held_out_decisions"] < 200 + MODEL.horizon < len(whole)
+    assert found["held_out_mdps"] + found["unread_mdps"] == len(np.unique(whole.mdp))
+    whole = load_transitions(stages / "features", spec)
+    read = load_transitions(stages / "features", spec, sampled(spec))
+    for side, all_of in zip(read.split(spec), whole.split(spec), strict=True):
+        assert 200 <= len(side) < 200 + MODEL.horizon
+        lengths = np.bincount(all_of.mdp, minlength=len(all_of.mdp_ids))
+        taken = np.bincount(side.mdp, minlength=len(side.mdp_ids))
+        np.testing.assert_array_equal(taken[taken > 0], lengths[taken > 0])
 
 
 def test_an_evaluation_is_repeatable(stages: Path, report: dict[str, Any], tmp_path: Path) -> None:
