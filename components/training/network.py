@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
+from components.training.shared import normal
 from contracts.job import PolicyHead
 
 
@@ -37,8 +38,8 @@ class NoisyLinear(nn.Linear):
         return super().forward(x) + after * nn.functional.linear(x * before, self.weight_noise, self.bias_noise)
 
     @staticmethod
-    def _noise(size: int, like: Tensor) -> Tensor:
-        drawn = torch.randn((*like.shape[:-1], size), device=like.device)
+    def _noise(size: int, x: Tensor) -> Tensor:
+        drawn = normal(len(x), size, x)
         return drawn.sign() * drawn.abs().sqrt()
 
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.columns import open_columns
 from components.normalization.spec import SPECS, NormalizationSpec
+from components.training import shared
 from components.training.actions import Actions
 from components.training.algorithms.actor_critic import TD3Learner
 from components.training.algorithms.build import build_learner, build_network
@@ -260,6 +261,7 @@ def run_worker(
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
+    shared.share(shuffled.first, shuffled.end, spec.training.batch_size)
     if trainer.optimizer:
         distributed.register_comm_hook(shuffled.share / spec.training.batch_size, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)

@@ -431,14 +431,27 @@ def test_a_policy_that_draws_slates_has_the_probability_that_its_graph_tells(
     np.testing.assert_allclose(planned.probability.view(len(rows), -1).sum(1), 1, rtol=1e-5)
 
 
-def test_slates_are_learned_by_two_workers_as_by_one(row_of_two: Path, tmp_path: Path) -> None:
-    spec = JobSpec.model_validate(SLATES | {"training": {"batchSize": 128, "epochs": 1, "stepsPerEpoch": 30}})
+@pytest.mark.parametrize(
+    ("made", "job"),
+    [
+        ("row_of_two", SLATES),
+        ("shelf", LISTS),
+        ("prices", NUMBERS | {"algorithm": {"td3Bc": {"hiddenLayers": [8]}}}),
+        ("prices", NUMBERS | {"algorithm": {"sac": {"hiddenLayers": [8]}}}),
+    ],
+    ids=lambda value: next(iter(value["algorithm"])) if isinstance(value, dict) else value,
+)
+def test_two_workers_learn_what_one_does(
+    made: str, job: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    root: Path = request.getfixturevalue(made)
+    spec = JobSpec.model_validate(job | {"training": {"batchSize": 128, "epochs": 1, "stepsPerEpoch": 30}})
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
-        train(row_of_two, spec, tmp_path / str(workers), workers)
+        train(root, spec, tmp_path / str(workers), workers)
     one, two = (load_file(tmp_path / each / "policy" / "weights.safetensors") for each in ("1", "2"))
     for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-5)
 
 
 def test_slates_are_learned_on_from_the_day_before(row_of_two: Path) -> None:

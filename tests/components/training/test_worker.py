@@ -282,7 +282,7 @@ def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny(
     "algorithm",
     [
         {"bcq": {"hiddenLayers": [8]}},
-        {"cql": {"hiddenLayers": [8], "steps": 2}},
+        {"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}},
         {"behaviourCloning": {"hiddenLayers": [8]}},
         {"linUcb": {}},
     ],
@@ -294,15 +294,6 @@ def test_each_algorithm_learns_on_two_workers_what_it_learns_on_one(
     made = SPEC.model_copy(update={"algorithm": Algorithm.model_validate(algorithm)})
     one, two = (trained(stages, tmp_path / str(n), workers=n, spec=made, epochs=1) for n in (1, 2))
     for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(two[name], weights, rtol=1e-4, atol=1e-5)
     figures = json.loads((tmp_path / "1" / "losses.jsonl").read_text().splitlines()[-1])
     assert all(abs(figure) < 1e4 for figure in figures.values())
-
-
-def test_a_noisy_network_learns_on_two_workers_nearly_what_it_learns_on_one(stages: Path, tmp_path: Path) -> None:
-    # Each worker draws the noise of its own rows.
-    noisy = Algorithm.model_validate({"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}})
-    made = SPEC.model_copy(update={"algorithm": noisy})
-    one, two = (trained(stages, tmp_path / str(n), workers=n, spec=made, epochs=1) for n in (1, 2))
-    for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=0, atol=0.02)
