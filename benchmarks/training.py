@@ -38,7 +38,8 @@ from components.training.trainer import Trainer
 from contracts.job import DQN, Algorithm
 
 ROWS, HIDDEN, SECONDS, LOOK_EVERY = 100_000, 256, 3.0, 50
-PRECISIONS = ("float32", "bfloat16")
+WAYS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "compiled": ("bfloat16", True)}
+"""Precision, and whether a step is compiled."""
 Step = Callable[[], object]
 
 
@@ -74,14 +75,14 @@ def normalization(features: int) -> NormalizationSpec:
     return NormalizationSpec(inputs=[column.name for column in columns], features=columns)
 
 
-def ours(data: Store, features: int, batch: int, precision: str) -> Step:
+def ours(data: Store, features: int, batch: int, precision: str, compiled: bool) -> Step:
     """Sampling, the step, and a loss that is read now and then, as a training worker does."""
     algorithm = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False))
     torch.manual_seed(0)
     network = build_network(algorithm, normalization(features), Actions(["first", "second"]))
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
-    trainer = Trainer(learner, algorithm.learning_rate)
+    trainer = Trainer(learner, algorithm.learning_rate, compiled)
     batches = data.batches(Shuffled(data.usable, batch, 0), 0, 1 << 40)
     losses: list[Tensor] = []
 
@@ -190,8 +191,8 @@ def main() -> None:
             write_data(features, directory := Path(name))
             data = store(directory)
             steps = {"by hand": by_hand(data, features, batch)}
-            steps |= {precision: ours(data, features, batch, precision) for precision in PRECISIONS}
-            steps["on disk"] = ours(on_disk(data, features, directory), features, batch, "float32")
+            steps |= {name: ours(data, features, batch, *way) for name, way in WAYS.items()}
+            steps["on disk"] = ours(on_disk(data, features, directory), features, batch, "float32", False)
             measures = {name: functools.partial(rate, step, batch) for name, step in steps.items()} | {
                 library: stack.enter_context(other(library, arguments.python, directory, batch))
                 for library in arguments.against

@@ -562,6 +562,11 @@ class Training(Model):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of hidden layers in training; bfloat16 is faster for wide layers and large batches."
     )
+    compile: bool = Field(
+        False,
+        description="Turn a step into machine code first, which takes seconds and a C++ compiler: faster from then on, "
+        "most of all in bfloat16. For algorithms over named actions, but for bandits.",
+    )
     scheduler: Literal["kubernetes_indexed_job", "kubernetes"] = Field(
         "kubernetes_indexed_job",
         description="TorchX scheduler for several workers in a cluster: plain Indexed Jobs, or `kubernetes`, which "
@@ -823,6 +828,10 @@ class JobSpec(Model):
             raise ValueError(f"deploy.service: a policy over {self.action_space} actions is exported, not rolled out")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
+        if self.training.compile and (
+            self.action_space != "discrete" or not isinstance(self.algorithm.config, QLearning | BehaviourCloning)
+        ):
+            raise ValueError("training.compile is for algorithms over named actions, but for bandits: leave it out")
         if self.export.policy == "threshold" and len(self.actions) != 2:
             raise ValueError("export.policy threshold is for two actions: choose another where there are more")
         for path, parameter in (self.sweep.parameters if self.sweep else {}).items():

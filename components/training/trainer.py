@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad
 from torch.optim.adam import adam
 
 from components.training.algorithms.learner import Batch, Learner
@@ -14,28 +15,41 @@ from components.training.algorithms.learner import Batch, Learner
 class Trainer:
     """Lowers a learner's loss by Adam (Kingma and Ba 2015)."""
 
-    def __init__(self, learner: Learner, learning_rate: float) -> None:
+    def __init__(self, learner: Learner, learning_rate: float, compiled: bool = False) -> None:
+        """`compiled`: turn the learner's loss and its gradients into machine code at the first step, which needs a C++
+        compiler, batches of one shape, and a learner whose loss takes no turns by what it computes."""
         self.learner = learner
         self.call: Callable[[Batch], tuple[Tensor, Tensor]] = learner
-        """The learner, or what calls it and averages gradients over the workers."""
+        """The learner, or what calls it and averages gradients over the workers; not asked where it is compiled."""
+        self.average: Callable[[list[Tensor]], None] | None = None
+        """What averages gradients over the workers where it is."""
         # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
         # network is mostly the calls that it makes.
         self._weights: list[Tensor] = list(learner.network.parameters())
         self._on_gpu = any(weight.is_cuda for weight in self._weights)
         self.optimizer = torch.optim.Adam(self._weights, lr=learning_rate, fused=True) if self._weights else None
+        self._gradients = compile_gradients(learner) if compiled else None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Update the network; returns the loss, a scalar, and the scores of the logged actions, [B]."""
-        loss, scores = self.call(batch)
+        if self._gradients:
+            gradients, (loss, scores) = self._gradients(batch)
+            if self.average:
+                self.average(gradients)
+            for weight, gradient in zip(self._weights, gradients, strict=True):
+                weight.grad = gradient
+        else:
+            loss, scores = self.call(batch)
+            if self.optimizer:
+                for weight in self._weights:
+                    weight.grad = None
+                loss.backward()  # type: ignore[no-untyped-call]
         if self.optimizer:
-            self._descend(loss, self.optimizer)
+            self._descend(self.optimizer)
         self.learner.follow()
         return loss.detach(), scores
 
-    def _descend(self, loss: Tensor, optimizer: torch.optim.Adam) -> None:
-        for weight in self._weights:
-            weight.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _descend(self, optimizer: torch.optim.Adam) -> None:
         known = [state for weight in self._weights if (state := optimizer.state.get(weight))]
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         if len(known) < len(self._weights) or len(gradients) < len(self._weights):
@@ -78,3 +92,30 @@ class Trainer:
         torch.set_rng_state(random)
         if self._on_gpu and "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"])
+
+
+Gradients = Callable[[Batch], tuple[list[Tensor], tuple[Tensor, Tensor]]]
+
+
+def compile_gradients(learner: Learner) -> Gradients:
+    """Batch -> gradients of the loss by the network's weights, and what the learner returns: one graph of machine code.
+
+    Compiled apart, as torch does with a module and its way back, a small step is mostly what lies between the two.
+    """
+    names = [f"network.{name}" for name, _ in learner.network.named_parameters()]
+
+    def loss(weights: list[Tensor], batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        found = functional_call(learner, dict(zip(names, weights, strict=True)), (batch,))
+        return found[0], found
+
+    # The C++ wrapper calls the kernels without Python between them.
+    graph = torch.compile(grad(loss, has_aux=True), fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    # Of weights that want gradients, torch would make ready for gradients of gradients.
+    weights = [weight.detach() for weight in learner.network.parameters()]
+
+    def gradients(batch: Batch) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            found: tuple[list[Tensor], tuple[Tensor, Tensor]] = graph(weights, batch)
+        return found
+
+    return gradients

@@ -1,6 +1,7 @@
 """One training worker; torchrun starts as many as the job says. Rank 0 reports, logs and writes the bundles."""
 
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -164,6 +165,14 @@ def whole_batch_gradients(share: float, bucket: GradBucket) -> torch.futures.Fut
     return summed.get_future().then(lambda done: done.value()[0])
 
 
+def average_gradients(share: float, gradients: list[Tensor]) -> None:
+    """The same of gradients that DDP has no part in."""
+    whole = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
+    dist.all_reduce(whole)
+    for gradient, part in zip(gradients, torch.split(whole, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 @record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,6 +228,8 @@ def run_worker(
     # Else all new memory is filled, to show who reads what was never written; that is 5 % of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(spec.seed)
+    if spec.training.compile and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise StageError(f"training.compile: no C++ compiler {compiler}: install one, or leave it out")
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
     data, digest = open_columns(columns)
     algorithm = spec.algorithm
@@ -244,7 +255,7 @@ def run_worker(
     learner = build_learner(algorithm, network).to(device)
     learner.compute_in(spec.training.precision)
     learner.expect(len(usable))
-    trainer = Trainer(learner, algorithm.learning_rate)
+    trainer = Trainer(learner, algorithm.learning_rate, spec.training.compile)
     started_from = None
     if warm_start and trainer.optimizer:
         started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions)
@@ -255,15 +266,18 @@ def run_worker(
     check_alike(trainer, finished)
     # An actor that moves every few steps has no gradient in the others.
     delayed = isinstance(learner, TD3Learner)
-    if trainer.optimizer:
+    if trainer.optimizer and not spec.training.compile:
         distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
         trainer.call = distributed
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
     shared.share(shuffled.first, shuffled.end, spec.training.batch_size)
-    if trainer.optimizer:
-        distributed.register_comm_hook(shuffled.share / spec.training.batch_size, whole_batch_gradients)
+    part = shuffled.share / spec.training.batch_size
+    if spec.training.compile:
+        trainer.average = functools.partial(average_gradients, part) if workers > 1 else None
+    elif trainer.optimizer:
+        distributed.register_comm_hook(part, whole_batch_gradients)
     _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(probe_rows(usable, data))
     provenance = {

@@ -121,6 +121,12 @@ RULES: dict[type[BaseModel], list[Rule]] = {
             "actions",
         ),
         Rule(
+            "!self.training.compile || (self.actionSpace == 'discrete' && !has(self.algorithm.linUcb) && "
+            "!has(self.algorithm.linearThompson) && !has(self.algorithm.logisticBandit))",
+            "training.compile is for algorithms over named actions, but for bandits",
+            "training",
+        ),
+        Rule(
             "self.actionSpace == 'discrete' || !has(self.data.features.actionKey)",
             "data.features.actionKey stands for a discrete action's name",
             "data",

@@ -1,15 +1,26 @@
 """A step is Adam's, whether the optimizer has begun, goes on, or knows nothing."""
 
 import copy
+import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.training.actions import Actions
+from components.training.algorithms.build import build_learner, build_network
 from components.training.algorithms.learner import Batch
 from components.training.algorithms.values import DQNLearner
 from components.training.network import QNetwork
 from components.training.trainer import Trainer
-from contracts.job import DQN
+from contracts.job import DQN, Algorithm
+
+NORMALIZATION = NormalizationSpec(
+    inputs=["x", "y", "z"],
+    features=[FeatureNormalization(name=n, type="continuous", how="by hand", evidence={}) for n in "xyz"],
+)
 
 
 def batches(n: int) -> list[Batch]:
@@ -42,6 +53,42 @@ def test_steps_are_those_of_torchs_adam(learner: DQNLearner) -> None:
         other.follow()
     for mine, wanted in zip(learner.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"dqn": {"dueling": True}},
+        {"dqn": {"double": False, "nextAction": "logged"}},
+        {"cql": {}},
+        {"bcq": {}},
+        {"c51": {"lowestReturn": -5.0, "highestReturn": 5.0}},
+        {"qrDqn": {}},
+        {"behaviourCloning": {}},
+    ],
+    ids=lambda algorithm: next(iter(algorithm)),
+)
+def test_a_compiled_step_is_the_same(algorithm: dict[str, Any], precision: str) -> None:
+    # Of one function no more than some are held compiled.
+    torch.compiler.reset()
+    made = Algorithm.model_validate({name: given | {"hiddenLayers": [16, 16]} for name, given in algorithm.items()})
+    found = []
+    for compiled in (False, True, True):
+        torch.manual_seed(0)
+        learner = build_learner(made, build_network(made, NORMALIZATION, Actions(["first", "second"])))
+        learner.compute_in(precision)
+        learner.expect(100)
+        trainer = Trainer(learner, 0.01, compiled)
+        for batch in batches(5):
+            possible = torch.rand(16, 2) < 0.7
+            possible[range(16), batch.action] = True
+            loss, scores = trainer.step(replace(batch, possible=possible, next_possible=possible))
+        found.append(learner.state_dict() | {"loss": loss, "scores": scores})
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-5)
+        assert torch.equal(found[1][name], found[2][name])
 
 
 def test_a_changed_learning_rate_counts(learner: DQNLearner) -> None:

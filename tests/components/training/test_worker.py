@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -185,6 +186,27 @@ def test_workers_with_unequal_shares_learn_what_one_alone_learns(
     together = trained(stages, tmp_path, workers=2)
     for name, weights in alone[1].items():
         torch.testing.assert_close(together[name], weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_compiled_steps_learn_the_same_on_any_number_of_workers(
+    stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"compile": True})})
+    for workers in (1, 2):
+        found = trained(stages, tmp_path / str(workers), workers, spec=spec)
+        for name, weights in alone[1].items():
+            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    spec = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"compile": True})})
+    (worker,) = started(stages, tmp_path, spec=spec)
+    assert worker.wait(60) != 0
+    assert "training.compile: no C++ compiler no-such-compiler: install one, or leave it out" in capfd.readouterr().err
 
 
 def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(

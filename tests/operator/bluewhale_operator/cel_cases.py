@@ -99,6 +99,16 @@ CASES = [
         job(training={"workers": {"max": 3}, "batchSize": 10}),
     ),
     Case(
+        "training.compile is for algorithms over named actions",
+        job(training={"compile": True}, algorithm={"cql": {}}),
+        job(training={"compile": True}, algorithm={"linUcb": {}}),
+    ),
+    Case(
+        "training.compile is for algorithms over named actions",
+        job(actionSpace="parametric", actions=[]),
+        job(actionSpace="parametric", actions=[], training={"compile": True}),
+    ),
+    Case(
         "weights must rise from step to step",
         job(deploy={"canary": {"weights": [0.1, 0.5, 1]}}),
         job(deploy={"canary": {"weights": [0.1, 0.5, 0.5]}}),
