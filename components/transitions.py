@@ -145,12 +145,18 @@ def check_held_out(mdp_ids: list[str], spec: JobSpec) -> np.ndarray:
     return out
 
 
-def sample_mdps(mdp_ids: list[str], lengths: np.ndarray, among: np.ndarray, rows: int, key: str) -> np.ndarray:
-    """bool: which MDPs `among` them are taken, by the hash of their ids, until they have about as many rows."""
+def sample_mdps(
+    mdp_ids: list[str], lengths: np.ndarray, among: np.ndarray, rows: int, key: str, fewest: int = 1
+) -> np.ndarray:
+    """bool: which MDPs `among` them are taken, by the hash of their ids, until they have about as many rows.
+
+    No fewer than `fewest` of them are, however long.
+    """
     places = np.flatnonzero(among)
     if lengths[places].sum() > rows:
         order = places[np.argsort([unit_interval(key, mdp_ids[i]) for i in places])]
-        places = order[np.cumsum(lengths[order]) - lengths[order] < rows]
+        within = np.cumsum(lengths[order]) - lengths[order] < rows
+        places = order[within | (np.arange(len(order)) < fewest)]
     chosen = np.zeros(len(mdp_ids), bool)
     chosen[places] = True
     return chosen

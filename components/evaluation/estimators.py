@@ -14,7 +14,7 @@ MOST_GROUPS, FEWEST_GROUPS = 10_000, 1_000
 GROUP_STEPS = 10_000_000
 """Groups of MDPs times steps of the longest one, beyond which groups become fewer."""
 HELD = 2_000_000
-"""Groups times steps that are held at a time."""
+"""Groups, or replicates, times steps that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _self_normalized(
     `log_weight` [N] is of MDPs that are still under way, `through` [N] at its last row what an MDP keeps thereafter.
     """
     groups, horizon = counts.shape[1], int(step.max()) + 1
-    width = min(horizon, max(1, HELD // groups))
+    width = min(horizon, max(1, HELD // max(groups, len(counts))))
     last = np.append(step[1:] == 0, True)
     order = np.argsort(step, kind="stable")
     total, ended = np.zeros(len(counts)), np.full((groups, 1), -np.inf)
@@ -183,8 +183,9 @@ def _mean_of_groups(log_weight: np.ndarray, values: np.ndarray, counts: np.ndarr
     weights, sums = counts @ scaled, counts @ (scaled * values)
     means = np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0)
     # A replicate without the largest may hold only weights that vanish beside it: scale by the largest it has.
-    for b in np.flatnonzero((weights == 0).any(1)):
-        drawn, steps = np.flatnonzero(counts[b]), np.flatnonzero(weights[b] == 0)
+    lost = (weights == 0) & np.isfinite(log_weight.max(0))
+    for b in np.flatnonzero(lost.any(1)):
+        drawn, steps = np.flatnonzero(counts[b]), np.flatnonzero(lost[b])
         scaled = _exp_below_top(log_weight[np.ix_(drawn, steps)]) * counts[b, drawn, None]
         weight, total = scaled.sum(0), (scaled * values[np.ix_(drawn, steps)]).sum(0)
         means[b, steps] = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)

@@ -19,6 +19,11 @@ from contracts.job import ESTIMATORS, REWARD, Gate, JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
 
+SAMPLED_MDPS = 1_000
+"""Of each side that are read, where there are so many, whatever rows they have."""
+FEWEST_MDPS = 10
+"""Whose resamples make an interval."""
+
 
 def evaluate(
     spec: JobSpec, features: str | Path, training: str | Path, output: str | Path, last_only: bool = False
@@ -33,8 +38,9 @@ def evaluate(
     """
     read_record(training)
     with stage("evaluation", output) as (directory, facts):
-        train, read = load_transitions(features, spec, sampled(spec)).split(spec)
-        held_out, excluded = _whole_mdps(read)
+        train, untried = load_transitions(features, spec, sampled(spec)).split(spec)
+        held_out, excluded = _whole_mdps(untried)
+        unread = int(check_held_out(untried.mdp_ids, spec).sum()) - len(np.unique(untried.mdp))
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         directories = sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))
@@ -52,7 +58,7 @@ def evaluate(
                 text += f" {name} {judged['relative']:.2f}x logged"
             report(number, len(bundles), text)
         final: dict[str, Any] = epochs[-1]["estimates"]
-        verdict = judge(spec.evaluation.gate, final)
+        verdict = judge(spec.evaluation.gate, final, evaluator.n)
         document = {
             "final": final,
             "epochs": epochs,
@@ -63,26 +69,31 @@ def evaluate(
                 "held_out_mdps": evaluator.n,
                 "held_out_decisions": len(held_out),
                 "excluded_mdps": excluded,
-                "unread_mdps": int(check_held_out(read.mdp_ids, spec).sum()) - len(np.unique(read.mdp)),
+                "unread_mdps": unread,
             },
         }
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
-        facts |= {"gate": verdict, "held_out_mdps": evaluator.n, "excluded_mdps": excluded}
+        facts |= {
+            "gate": verdict, "held_out_mdps": evaluator.n, "excluded_mdps": excluded, "unread_mdps": unread,
+        }  # fmt: skip
 
 
 def sampled(spec: JobSpec) -> Choose:
-    """Training and held-out MDPs, of each by their hash until there are about as many rows as the job says."""
+    """Of training and of held-out MDPs some, by their hash, until they have about as many rows as the job says."""
 
     def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
         out = check_held_out(mdp_ids, spec)
-        limit, key = spec.evaluation.sample_rows, f"evaluation-{spec.seed}"
-        return sample_mdps(mdp_ids, lengths, out, limit, key) | sample_mdps(mdp_ids, lengths, ~out, limit, key)
+        limit = spec.evaluation.sample_rows, f"evaluation-{spec.seed}", SAMPLED_MDPS
+        return sample_mdps(mdp_ids, lengths, out, *limit) | sample_mdps(mdp_ids, lengths, ~out, *limit)
 
     return choose
 
 
-def judge(gate: Gate, final: dict[str, Any]) -> dict[str, Any]:
-    """The gate's verdict: pass, fail, inconclusive (the estimate cannot be had) or disabled; with the reason."""
+def judge(gate: Gate, final: dict[str, Any], mdps: int) -> dict[str, Any]:
+    """The gate's verdict on estimates from so many MDPs, and the reason.
+
+    It is pass, fail, inconclusive (there is no estimate, or no interval) or disabled.
+    """
     asked = f"{gate.estimator.replace('_', ' ')} estimate of {gate.metric}"
     if not gate.enabled:
         return {"verdict": "disabled", "reason": "the gate is switched off in the job"}
@@ -93,6 +104,9 @@ def judge(gate: Gate, final: dict[str, Any]) -> dict[str, Any]:
         raise StageError(
             f"evaluation.gate.metric: no metric {gate.metric!r} in the log; there are {', '.join(sorted(estimates))}"
         )
+    if mdps < FEWEST_MDPS:
+        few = f"{mdps} held-out MDPs are too few for an interval; {FEWEST_MDPS} are needed"
+        return {"verdict": "inconclusive", "reason": f"{asked}: {few}"}
     low = estimates[gate.metric]["relative_low"]
     if low is None:
         return {
@@ -271,5 +285,5 @@ def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:
     holed = np.unique(data.mdp[data.ordinal != place])
     kept = data.select(np.flatnonzero(~np.isin(data.mdp, holed)))
     if len(kept) == 0:
-        raise StageError("evaluation: every held-out MDP has rejected decisions before its last; mend the log")
+        raise StageError("evaluation: every held-out MDP read has rejected decisions before its last; mend the log")
     return kept, len(holed)

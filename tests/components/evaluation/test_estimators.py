@@ -199,14 +199,15 @@ def test_replicates_are_what_the_estimator_finds_in_a_log_with_whole_mdps_repeat
     """However many MDPs are drawn at a time, and steps are looked at."""
     monkeypatch.setattr(cpe, "MOST_GROUPS", groups)
     monkeypatch.setattr(cpe, "FEWEST_GROUPS", 1)
-    monkeypatch.setattr(cpe, "HELD", held)
     log = SMALL.simulate(30, np.random.default_rng(8))
     replicates = cpe.bootstrap(log.mdp, 5, seed=9)
     assert replicates.counts.shape == (6, groups)
     times = replicates.counts[:, replicates.group].astype(int)
     drawn = [np.repeat(np.arange(30), t) for t in times]
     for estimate in (importance_sampling, right_propensities, direct_method, exact_q, wrong_q):
-        samples = estimate(SMALL, log, replicates)
+        with monkeypatch.context() as few:
+            few.setattr(cpe, "HELD", held)
+            samples = estimate(SMALL, log, replicates)
         for replicate, mdps in enumerate(drawn):
             rows = [np.flatnonzero(log.mdp == m) for m in mdps]
             mdp = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
@@ -358,3 +359,17 @@ def test_intervals_over_groups_are_as_wide_as_over_mdps(monkeypatch: pytest.Monk
         widths[groups] = samples[1:].std()
         assert samples[0] == pytest.approx(no_q(UNEVEN, log, once(20_000))[0], rel=1e-9)
     assert widths[1_000] == pytest.approx(widths[20_000], rel=0.1)
+
+
+def test_no_more_is_held_at_a_time_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few MDPs many replicates, of many replicates few MDPs: both sides of every product are bounded."""
+    sizes = []
+    real = cpe._mean_of_groups
+    monkeypatch.setattr(cpe, "HELD", 1_000)
+    monkeypatch.setattr(cpe, "_mean_of_groups", lambda w, v, c: sizes.append(w.shape) or real(w, v, c))
+    for ratios, samples in (([1.0, 1.0], 100), ([1.0] * 100, 1)):
+        rows = long_log(ratios, 200)
+        cpe.weighted_sequential_doubly_robust(**rows, replicates=cpe.bootstrap(rows["mdp"], samples, seed=1))
+        assert all(max(groups, samples + 1) * steps <= 1_000 for groups, steps in sizes)
+        assert sum(steps for _, steps in sizes) >= 2 * 200
+        sizes.clear()

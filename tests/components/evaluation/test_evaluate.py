@@ -41,37 +41,42 @@ def estimates(low: float | None) -> dict[str, Any]:
 
 class TestTheGate:
     def test_a_lower_bound_at_the_minimum_passes(self) -> None:
-        verdict = judge(Gate(minimumRelative=1.1), estimates(1.1))
+        verdict = judge(Gate(minimumRelative=1.1), estimates(1.1), 10)
         assert verdict["verdict"] == "pass"
         assert "at least the minimum 1.1" in verdict["reason"]
         assert "weighted sequential doubly robust estimate of reward" in verdict["reason"]
 
     def test_a_lower_bound_under_the_minimum_fails(self) -> None:
-        verdict = judge(Gate(minimumRelative=1.1), estimates(1.099))
+        verdict = judge(Gate(minimumRelative=1.1), estimates(1.099), 10)
         assert verdict["verdict"] == "fail"
         assert "1.099" in verdict["reason"]
         assert "under the minimum 1.1" in verdict["reason"]
 
     def test_the_asked_metric_is_judged_and_no_other(self) -> None:
-        assert judge(Gate(metric="clicks"), estimates(0.5))["verdict"] == "pass"
+        assert judge(Gate(metric="clicks"), estimates(0.5), 10)["verdict"] == "pass"
 
     def test_an_estimate_that_cannot_be_had_is_inconclusive(self) -> None:
         refused = {"weighted_sequential_doubly_robust": {"refused": "the log has no propensities"}}
-        verdict = judge(Gate(), refused)
+        verdict = judge(Gate(), refused, 10)
         assert verdict["verdict"] == "inconclusive"
         assert "the log has no propensities" in verdict["reason"]
 
     def test_nothing_is_relative_to_a_value_that_is_not_positive(self) -> None:
-        verdict = judge(Gate(), estimates(None))
+        verdict = judge(Gate(), estimates(None), 10)
         assert verdict["verdict"] == "inconclusive"
         assert "not positive" in verdict["reason"]
 
+    def test_an_interval_from_too_few_mdps_is_none(self) -> None:
+        verdict = judge(Gate(), estimates(1.1), 9)
+        assert verdict["verdict"] == "inconclusive"
+        assert "9 held-out MDPs are too few for an interval; 10 are needed" in verdict["reason"]
+
     def test_a_gate_that_is_off_judges_nothing(self) -> None:
-        assert judge(Gate(enabled=False, metric="unknown"), {})["verdict"] == "disabled"
+        assert judge(Gate(enabled=False, metric="unknown"), {}, 10)["verdict"] == "disabled"
 
     def test_an_unknown_metric_is_refused_with_those_there_are(self) -> None:
         with pytest.raises(StageError, match=r"evaluation\.gate\.metric: no metric 'sales'.*clicks, reward"):
-            judge(Gate(metric="sales"), estimates(1.0))
+            judge(Gate(metric="sales"), estimates(1.0), 10)
 
 
 def rows(mdp: list[int], truncated: list[int], ordinal: list[int]) -> Transitions:
@@ -212,7 +217,10 @@ def test_estimates_are_made_on_the_held_out_mdps_alone(stages: Path, report: dic
     assert report["logged"]["per_step"]["gain"] == pytest.approx(held_out(stages).metrics[:, 1].mean(), rel=1e-5)
 
 
-def test_of_many_rows_a_sample_of_whole_mdps_is_read_and_the_rest_counted(stages: Path, tmp_path: Path) -> None:
+def test_of_many_rows_a_sample_of_whole_mdps_is_read_and_the_rest_counted(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.evaluation.evaluate.SAMPLED_MDPS", 1)
     evaluation = SPEC.evaluation.model_copy(update={"sample_rows": 200, "fitted_q_steps": 1})
     spec = SPEC.model_copy(update={"evaluation": evaluation})
     evaluate(spec, stages / "features", stages / "training", tmp_path / "out", last_only=True)
@@ -227,6 +235,13 @@ def test_of_many_rows_a_sample_of_whole_mdps_is_read_and_the_rest_counted(stages
         lengths = np.bincount(all_of.mdp, minlength=len(all_of.mdp_ids))
         taken = np.bincount(side.mdp, minlength=len(side.mdp_ids))
         np.testing.assert_array_equal(taken[taken > 0], lengths[taken > 0])
+
+
+def test_no_few_mdps_stand_for_all_however_long_they_are(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.evaluation.evaluate.SAMPLED_MDPS", 100)
+    spec = SPEC.model_copy(update={"evaluation": SPEC.evaluation.model_copy(update={"sample_rows": 100})})
+    for side in load_transitions(stages / "features", spec, sampled(spec)).split(spec):
+        assert len(np.unique(side.mdp)) == 100
 
 
 def test_an_evaluation_is_repeatable(stages: Path, report: dict[str, Any], tmp_path: Path) -> None:
