@@ -39,7 +39,7 @@ from contracts.job import DQN, Algorithm
 
 ROWS, HIDDEN, SECONDS, LOOK_EVERY = 100_000, 256, 3.0, 50
 WAYS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "compiled": ("bfloat16", True)}
-"""Precision, and whether a step is compiled."""
+"""Precision, and whether a step is compiled: bfloat16, where it is."""
 Step = Callable[[], object]
 
 
@@ -191,7 +191,7 @@ def main() -> None:
             write_data(features, directory := Path(name))
             data = store(directory)
             steps = {"by hand": by_hand(data, features, batch)}
-            steps |= {name: ours(data, features, batch, *way) for name, way in WAYS.items()}
+            steps |= {way: ours(data, features, batch, *how) for way, how in WAYS.items()}
             steps["on disk"] = ours(on_disk(data, features, directory), features, batch, "float32", False)
             measures = {name: functools.partial(rate, step, batch) for name, step in steps.items()} | {
                 library: stack.enter_context(other(library, arguments.python, directory, batch))

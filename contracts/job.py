@@ -565,7 +565,7 @@ class Training(Model):
     compile: bool = Field(
         False,
         description="Turn a step into machine code first, which takes seconds and a C++ compiler: faster from then on, "
-        "most of all in bfloat16. For algorithms over named actions, but for bandits.",
+        "most of all in bfloat16. For algorithms over named actions, except bandits.",
     )
     scheduler: Literal["kubernetes_indexed_job", "kubernetes"] = Field(
         "kubernetes_indexed_job",
@@ -829,9 +829,9 @@ class JobSpec(Model):
         if len(set(self.actions)) != len(self.actions):
             raise ValueError(f"actions {self.actions} must be distinct")
         if self.training.compile and (
-            self.action_space != "discrete" or not isinstance(self.algorithm.config, QLearning | BehaviourCloning)
+            self.action_space != "discrete" or isinstance(self.algorithm.config, LinearBandit | LogisticBandit)
         ):
-            raise ValueError("training.compile is for algorithms over named actions, but for bandits: leave it out")
+            raise ValueError("training.compile is for algorithms over named actions, except bandits: leave it out")
         if self.export.policy == "threshold" and len(self.actions) != 2:
             raise ValueError("export.policy threshold is for two actions: choose another where there are more")
         for path, parameter in (self.sweep.parameters if self.sweep else {}).items():

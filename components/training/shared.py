@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_own: tuple[slice, int] | None = None
+
+@dataclass(frozen=True)
+class _Share:
+    first: int
+    end: int
+    rows: int
+    lists: bool
 
 
-def share(first: int, end: int, rows: int) -> None:
-    """Say which of a batch's rows this process sees."""
+_own: _Share | None = None
+
+
+def share(first: int, end: int, rows: int, lists: bool = False) -> None:
+    """Say which of a batch's rows this process sees; with `lists`, all that those list."""
     global _own
-    _own = slice(first, end), rows
+    _own = _Share(first, end, rows, lists)
 
 
 def normal(rows: int, size: int, like: Tensor) -> Tensor:
     """Standard normal numbers on `like`'s device, float32 [rows, size]: for a row the same on any number of workers.
 
-    Each worker draws for the whole batch. Where there are not as many rows as it sees of it, as with lists of any
-    length, it draws for them alone.
+    Each worker draws for the whole batch. Lists are of any length, so that each draws for its own, by a seed that all
+    draw: what comes next is the same for all again.
     """
-    own, whole = _own or (slice(0, rows), rows)
-    if own.stop - own.start != rows:
-        own, whole = slice(0, rows), rows
-    return torch.randn((whole, size), device=like.device)[own]
+    if _own is None:
+        return torch.randn((rows, size), device=like.device)
+    if _own.lists:
+        seed = int(torch.randint(2**62, ())) + _own.first
+        generator = torch.Generator(like.device).manual_seed(seed)
+        return torch.randn((rows, size), generator=generator, device=like.device)
+    return torch.randn((_own.rows, size), device=like.device)[_own.first : _own.end]
 
 
 def mean(values: Tensor) -> Tensor:
@@ -32,8 +46,8 @@ def mean(values: Tensor) -> Tensor:
 
     All workers must ask.
     """
-    if _own is None or _own[1] == len(values):
+    if _own is None or _own.end - _own.first == _own.rows:
         return values.detach().mean()
-    part = values.detach().sum() / _own[1]
+    part = values.detach().sum() / _own.rows
     dist.all_reduce(part)
     return part

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,13 +20,13 @@ class Trainer:
     """Lowers a learner's loss by Adam (Kingma and Ba 2015)."""
 
     def __init__(self, learner: Learner, learning_rate: float, compiled: bool = False) -> None:
-        """`compiled`: turn the learner's loss and its gradients into machine code at the first step, which needs a C++
-        compiler, batches of one shape, and a learner whose loss takes no turns by what it computes."""
+        """`compiled`: make loss and gradients machine code at the first step. That needs batches of one shape, and a
+        loss that asks no value which way to go."""
         self.learner = learner
         self.call: Callable[[Batch], tuple[Tensor, Tensor]] = learner
-        """The learner, or what calls it and averages gradients over the workers; not asked where it is compiled."""
-        self.average: Callable[[list[Tensor]], None] | None = None
-        """What averages gradients over the workers where it is."""
+        """The learner, or what calls it and averages gradients over the workers; a compiled one is not called."""
+        self.average: Callable[[list[Tensor]], Sequence[Tensor]] = list
+        """Of a compiled learner's gradients, those over all workers."""
         # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
         # network is mostly the calls that it makes.
         self._weights: list[Tensor] = list(learner.network.parameters())
@@ -34,9 +38,7 @@ class Trainer:
         """Update the network; returns the loss, a scalar, and the scores of the logged actions, [B]."""
         if self._gradients:
             gradients, (loss, scores) = self._gradients(batch)
-            if self.average:
-                self.average(gradients)
-            for weight, gradient in zip(self._weights, gradients, strict=True):
+            for weight, gradient in zip(self._weights, self.average(gradients), strict=True):
                 weight.grad = gradient
         else:
             loss, scores = self.call(batch)
@@ -108,10 +110,11 @@ def compile_gradients(learner: Learner) -> Gradients:
         found = functional_call(learner, dict(zip(names, weights, strict=True)), (batch,))
         return found[0], found
 
-    # The C++ wrapper calls the kernels without Python between them.
-    graph = torch.compile(grad(loss, has_aux=True), fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
     # Of weights that want gradients, torch would make ready for gradients of gradients.
     weights = [weight.detach() for weight in learner.network.parameters()]
+    # Kernels are called without Python between them; for a GPU's, that would take CUDA's own headers.
+    options: dict[str, str | int | bool | Callable[..., object]] = {"cpp_wrapper": weights[0].device.type == "cpu"}
+    graph = torch.compile(grad(loss, has_aux=True), fullgraph=True, dynamic=False, options=options)
 
     def gradients(batch: Batch) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         with torch.no_grad():
@@ -119,3 +122,11 @@ def compile_gradients(learner: Learner) -> Gradients:
         return found
 
     return gradients
+
+
+def missing_to_compile() -> str:
+    """What compiling takes that is not here, if anything."""
+    if not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        return f"C++ compiler {compiler}"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.exists() else f"{header} (Debian has it in python3-dev)"

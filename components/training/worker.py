@@ -29,7 +29,7 @@ from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.figures import Figures, forget_after
 from components.training.store import build_store, local_workers
-from components.training.trainer import Trainer
+from components.training.trainer import Trainer, missing_to_compile
 from components.training.warm_start import start_from
 from components.transitions import Lists, Transitions
 from contracts.job import (
@@ -165,12 +165,12 @@ def whole_batch_gradients(share: float, bucket: GradBucket) -> torch.futures.Fut
     return summed.get_future().then(lambda done: done.value()[0])
 
 
-def average_gradients(share: float, gradients: list[Tensor]) -> None:
+def average_gradients(share: float, gradients: list[Tensor]) -> list[Tensor]:
     """The same of gradients that DDP has no part in."""
     whole = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
     dist.all_reduce(whole)
-    for gradient, part in zip(gradients, torch.split(whole, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    parts = torch.split(whole, [gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 @record
@@ -228,8 +228,8 @@ def run_worker(
     # Else all new memory is filled, to show who reads what was never written; that is 5 % of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(spec.seed)
-    if spec.training.compile and not shutil.which(compiler := os.environ.get("CXX", "g++")):
-        raise StageError(f"training.compile: no C++ compiler {compiler}: install one, or leave it out")
+    if spec.training.compile and (missing := missing_to_compile()):
+        raise StageError(f"training.compile: there is no {missing}: install it, or leave training.compile out")
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
     data, digest = open_columns(columns)
     algorithm = spec.algorithm
@@ -264,20 +264,19 @@ def run_worker(
         print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
     finished = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, finished)
-    # An actor that moves every few steps has no gradient in the others.
-    delayed = isinstance(learner, TD3Learner)
-    if trainer.optimizer and not spec.training.compile:
-        distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
-        trainer.call = distributed
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
-    shared.share(shuffled.first, shuffled.end, spec.training.batch_size)
+    shared.share(shuffled.first, shuffled.end, spec.training.batch_size, lists=actions.described is not None)
     part = shuffled.share / spec.training.batch_size
-    if spec.training.compile:
-        trainer.average = functools.partial(average_gradients, part) if workers > 1 else None
-    elif trainer.optimizer:
+    if spec.training.compile and workers > 1:
+        trainer.average = functools.partial(average_gradients, part)
+    elif trainer.optimizer and not spec.training.compile:
+        # An actor that moves every few steps has no gradient in the others.
+        delayed = isinstance(learner, TD3Learner)
+        distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
         distributed.register_comm_hook(part, whole_batch_gradients)
+        trainer.call = distributed
     _clear_up(output, rank, finished, spec.training.epochs)
     probe = torch.from_numpy(probe_rows(usable, data))
     provenance = {

@@ -123,7 +123,7 @@ RULES: dict[type[BaseModel], list[Rule]] = {
         Rule(
             "!self.training.compile || (self.actionSpace == 'discrete' && !has(self.algorithm.linUcb) && "
             "!has(self.algorithm.linearThompson) && !has(self.algorithm.logisticBandit))",
-            "training.compile is for algorithms over named actions, but for bandits",
+            "training.compile is for algorithms over named actions, except bandits",
             "training",
         ),
         Rule(

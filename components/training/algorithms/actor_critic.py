@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from components.training import shared
 from components.training.algorithms.learner import Batch, BootstrappingLearner
 from components.training.network import QNetwork
-from components.training.shared import mean, normal
 from contracts import job
 
 LOWEST_DEVIATION, HIGHEST_DEVIATION = math.exp(-5.0), math.exp(2.0)
@@ -47,7 +47,7 @@ class Actor(nn.Module):
         share = (torch.tanh(raw) + 1) / 2
         logs = math.log(LOWEST_DEVIATION), math.log(HIGHEST_DEVIATION)
         deviation = torch.exp(logs[0] + share * (logs[1] - logs[0]))
-        noise = normal(len(mean), mean.shape[1], mean)
+        noise = shared.normal(len(mean), mean.shape[1], mean)
         before = mean + deviation * noise
         density = -0.5 * noise.square() - deviation.log() - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh^2) in a form that holds far out (Haarnoja et al. 2018, appendix C).
@@ -140,7 +140,7 @@ class TD3Learner(DDPGLearner):
     def next_value(self, batch: Batch) -> Tensor:
         action = self.target.actor.unit(batch.next_state)
         limit = self.config.noise_limit
-        noise = (self.config.target_noise * normal(len(action), action.shape[1], action)).clamp(-limit, limit)
+        noise = (self.config.target_noise * shared.normal(len(action), action.shape[1], action)).clamp(-limit, limit)
         lowest: Tensor = self.target.critics(batch.next_state, (action + noise).clamp(-1, 1)).amin(0)
         return lowest
 
@@ -167,7 +167,7 @@ class TD3BCLearner(TD3Learner):
     def delayed_actor_loss(self, batch: Batch) -> Tensor:
         action = self.network.actor.unit(batch.state)
         value = self.valued(batch.state, action)[0]
-        weight = self.config.alpha / mean(value.abs()).clamp(min=1e-6)
+        weight = self.config.alpha / shared.mean(value.abs()).clamp(min=1e-6)
         return functional.mse_loss(action, batch.action) - weight * value.mean()
 
 

@@ -1,7 +1,6 @@
 """A step is Adam's, whether the optimizer has begun, goes on, or knows nothing."""
 
 import copy
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,15 @@ from components.training.algorithms.build import build_learner, build_network
 from components.training.algorithms.learner import Batch
 from components.training.algorithms.values import DQNLearner
 from components.training.network import QNetwork
-from components.training.trainer import Trainer
+from components.training.trainer import Trainer, missing_to_compile
 from contracts.job import DQN, Algorithm
 
 NORMALIZATION = NormalizationSpec(
     inputs=["x", "y", "z"],
     features=[FeatureNormalization(name=n, type="continuous", how="by hand", evidence={}) for n in "xyz"],
 )
+
+COMPILES = pytest.mark.skipif(bool(missing_to_compile()), reason=f"there is no {missing_to_compile()}")
 
 
 def batches(n: int) -> list[Batch]:
@@ -55,7 +56,7 @@ def test_steps_are_those_of_torchs_adam(learner: DQNLearner) -> None:
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+@COMPILES
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "algorithm",
@@ -89,6 +90,30 @@ def test_a_compiled_step_is_the_same(algorithm: dict[str, Any], precision: str) 
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-5)
         assert torch.equal(found[1][name], found[2][name])
+
+
+@COMPILES
+def test_compiled_noise_is_the_same_by_the_same_seed_and_goes_on_from_a_saved_state() -> None:
+    def begun() -> Trainer:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        return Trainer(DQNLearner(QNetwork(3, 2, [8], noisy=True), DQN(noisy=True)), 0.01, compiled=True)
+
+    first, second = batches(2)
+    whole, broken_off, resumed = begun(), begun(), begun()
+    torch.manual_seed(1)
+    whole.step(first)
+    whole.step(second)
+    torch.manual_seed(1)
+    broken_off.step(first)
+    saved = {name: value.clone() for name, value in broken_off.state().items()}
+    torch.manual_seed(5)
+    resumed.load_state(saved)
+    resumed.step(second)
+    for name, value in whole.learner.state_dict().items():
+        assert torch.equal(resumed.learner.state_dict()[name], value)
+    noisy = whole.learner.network.advantage.weight_noise
+    assert not torch.equal(noisy, torch.full_like(noisy, noisy[0, 0].item()))
 
 
 def test_a_changed_learning_rate_counts(learner: DQNLearner) -> None:
