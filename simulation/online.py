@@ -68,6 +68,9 @@ class Settings:
     """Of named actions the share of random ones in the end, of numbers the noise's deviation, of half a range."""
     explored: float = 0.3
     """Share of the decisions over which the share of random ones falls to that."""
+    held: int = 1
+    """Most decisions for which a random one of named actions is drawn; each number is as likely. What only a long push
+    reaches, single random actions find seldom (Dabney et al. 2021, arXiv 2006.01782)."""
     look_every: int = 5_000
     """Decisions from one look at the greedy policy to the next."""
     enough: float | None = None
@@ -83,7 +86,7 @@ OF_VALUES: dict[str, Any] = {
 KNOWN: dict[str, tuple[Settings, dict[str, Any]]] = {
     "CartPole-v1": (Settings(60_000, updates=0.5, batch=128, look_every=2_500, enough=499), OF_VALUES | {"steps": 3}),
     "Acrobot-v1": (
-        Settings(200_000, updates=0.5, batch=128, exploration=0.1, explored=0.15, enough=-82),
+        Settings(200_000, warm_up=10_000, updates=0.5, batch=128, exploration=0.1, explored=0.15, held=10, enough=-82),
         OF_VALUES,
     ),
     "LunarLander-v3": (Settings(150_000, updates=0.5, batch=128, look_every=10_000, enough=250), OF_VALUES),
@@ -266,9 +269,11 @@ def learn_online(
         )
     low, high = np.array(actions.bounds or [(0.0, 0.0)], np.float32).T
 
+    held = Held(len(actions.names), settings.copies, settings.held)
+
     def random_actions() -> np.ndarray:
         if actions.bounds is None:
-            return rng.integers(len(actions.names), size=settings.copies)
+            return held.next(rng)
         return rng.uniform(-1, 1, (settings.copies, len(low))).astype(np.float32)
 
     raw, _ = played.reset(seed=seed)
@@ -323,6 +328,22 @@ def learn_online(
     learned.network.eval()
     learned.returns = greedy_returns(environment, learned.network, EPISODES, seed + 2 * FRESH)
     return learned
+
+
+class Held:
+    """Random ones of A actions in E copies of an environment, each held for up to so many decisions."""
+
+    def __init__(self, actions: int, copies: int, most: int) -> None:
+        self.actions, self.most = actions, most
+        self.drawn, self.left = np.zeros(copies, np.int64), np.zeros(copies, np.int64)
+
+    def next(self, rng: np.random.Generator) -> np.ndarray:
+        """int64 [E]."""
+        over = self.left == 0
+        self.drawn[over] = rng.integers(self.actions, size=over.sum())
+        self.left[over] = rng.integers(self.most, size=over.sum()) + 1
+        self.left -= 1
+        return self.drawn.copy()
 
 
 def explore(

@@ -11,7 +11,7 @@ from components.training.algorithms.build import build_learner, build_network
 from components.training.bundle import read_bundle
 from contracts.job import JobError
 from simulation import online
-from simulation.online import Replay, Settings, actions_of, learn_online, make, normalization_of, settings_for
+from simulation.online import Held, Replay, Settings, actions_of, learn_online, make, normalization_of, settings_for
 from simulation.standardized import standardized
 
 
@@ -110,6 +110,21 @@ def test_noise_on_the_weights_is_all_that_noisy_layers_explore_by() -> None:
     learner = build_learner(made, network)
     chosen = online.explore(learner, torch.zeros(500, 4), np.zeros(500, int), Settings(1), 1, np.random.default_rng(0))
     assert (chosen == 1).all()
+
+
+def test_random_actions_are_held_for_up_to_so_many_decisions_each_number_as_likely() -> None:
+    rng, held = np.random.default_rng(0), Held(1_000, 50, 4)
+    drawn = np.array([held.next(rng) for _ in range(400)])
+    lengths = np.concatenate([np.diff(np.flatnonzero(np.diff(copy, prepend=-1))) for copy in drawn.T])
+    assert np.bincount(lengths)[1:5] / len(lengths) == pytest.approx([0.25] * 4, abs=0.02)
+    assert len(np.unique(drawn[0])) > 40
+
+
+def test_random_actions_that_are_not_held_are_drawn_anew_each_time() -> None:
+    rng, held = np.random.default_rng(0), Held(3, 2_000, 1)
+    first, second = held.next(rng), held.next(rng)
+    assert np.bincount(first) / 2_000 == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert (first == second).mean() == pytest.approx(1 / 3, abs=0.05)
 
 
 @pytest.mark.parametrize("algorithm", ["iql", "td3Bc"])
