@@ -133,7 +133,7 @@ def apply(users: list[str], items: list[str]) -> None:
         Entity(name=n, join_keys=[k], value_type=ValueType.STRING) for n, k in (("user", "mdp_id"), ("item", "item_id"))
     ]
     store = FeatureStore(repo_path=str(REPOSITORY))
-    store.apply([*entities, *views, FeatureService(name="open_bandit", features=views)])
+    store.apply([*entities, *views, FeatureService(name="open_bandit", features=[*views])])
 
 
 def interval(samples: np.ndarray) -> list[float]:
@@ -145,7 +145,7 @@ def clicks(policy: str) -> list[float]:
     """What a policy really got: clicks per impression of its own log."""
     found = read(policy)["click"].to_numpy().astype(float)
     mdp = np.arange(len(found))
-    return interval(cpe.logged_per_step(found, mdp, cpe.bootstrap_counts(len(found), RESAMPLES, seed=0)))
+    return interval(cpe.logged_per_step(found, mdp, cpe.bootstrap(mdp, RESAMPLES, seed=0)))
 
 
 def estimate_bts() -> list[float]:
@@ -160,10 +160,9 @@ def estimate_bts() -> list[float]:
     shares /= np.maximum(shares.sum(1, keepdims=True), 1)
     place, item = random["position"].to_numpy(), random["item_id"].to_numpy()
     weight = shares[place, item] / random["propensity_score"].to_numpy()
-    n = len(random)
-    counts = cpe.bootstrap_counts(n, RESAMPLES, seed=0)
+    mdp = np.arange(len(random))
     found = random["click"].to_numpy().astype(float)
-    return interval(cpe.stepwise_importance_sampling(found, weight, np.arange(n), counts))
+    return interval(cpe.stepwise_importance_sampling(found, weight, mdp, cpe.bootstrap(mdp, RESAMPLES, seed=0)))
 
 
 def compare(runs: Path) -> None:
