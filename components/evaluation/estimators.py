@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_GROUPS, FEWEST_GROUPS = 10_000, 1_000
+"""Of MDPs that are drawn together; where there are fewer MDPs, each is one."""
 GROUP_STEPS = 10_000_000
 """Groups of MDPs times steps of the longest one, beyond which groups become fewer."""
 HELD = 2_000_000
@@ -116,21 +117,21 @@ def weighted_sequential_doubly_robust(
     the value of the MDPs that happened to last.
     """
     step = step_in_mdp(mdp)
+    by_step = np.argsort(step, kind="stable")
     with np.errstate(divide="ignore"):
-        through = _sums_so_far(np.log(weight), step)
+        through = _sums_so_far(np.log(weight), step, by_step)
     before = np.where(step == 0, 0.0, np.roll(through, 1))
     gain = factor * (metric - q[np.arange(len(action)), action])
     value = factor * (q * target).sum(1)
-    given = through, replicates.group[mdp], step, replicates.counts
+    given = through, replicates.group[mdp], step, by_step, replicates.counts
     return _self_normalized(through, gain, *given) + _self_normalized(before, value, *given)
 
 
-def _sums_so_far(values: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Of each MDP's values, [N], those up to each row."""
+def _sums_so_far(values: np.ndarray, step: np.ndarray, by_step: np.ndarray) -> np.ndarray:
+    """Of each MDP's values, [N], those up to each row; `by_step` are the rows in the order of their steps."""
     sums = values.copy()
-    order = np.argsort(step, kind="stable")
     # From step to step, since what one MDP comes to may be infinite, or swallow what the next one does.
-    for rows in np.split(order, np.flatnonzero(np.diff(step[order])) + 1)[1:]:
+    for rows in np.split(by_step, np.flatnonzero(np.diff(step[by_step])) + 1)[1:]:
         sums[rows] += sums[rows - 1]
     return sums
 
@@ -141,6 +142,7 @@ def _self_normalized(
     through: np.ndarray,
     group: np.ndarray,
     step: np.ndarray,
+    by_step: np.ndarray,
     counts: np.ndarray,
 ) -> np.ndarray:
     """Per replicate, the sum over steps of the weighted mean of `values` [N] over its MDPs.
@@ -150,9 +152,8 @@ def _self_normalized(
     groups, horizon = counts.shape[1], int(step.max()) + 1
     width = min(horizon, max(1, HELD // max(groups, len(counts))))
     last = np.append(step[1:] == 0, True)
-    order = np.argsort(step, kind="stable")
     total, ended = np.zeros(len(counts)), np.full((groups, 1), -np.inf)
-    for rows in np.split(order, np.searchsorted(step[order], np.arange(width, horizon, width))):
+    for rows in np.split(by_step, np.searchsorted(step[by_step], np.arange(width, horizon, width))):
         key = group[rows] * width + step[rows] % width
         under_way = _log_sums(log_weight[rows], key, groups * width).reshape(groups, width)
         over = rows[last[rows]]

@@ -38,9 +38,9 @@ def evaluate(
     """
     read_record(training)
     with stage("evaluation", output) as (directory, facts):
-        train, untried = load_transitions(features, spec, sampled(spec)).split(spec)
-        held_out, excluded = _whole_mdps(untried)
-        unread = int(check_held_out(untried.mdp_ids, spec).sum()) - len(np.unique(untried.mdp))
+        train, sample = load_transitions(features, spec, sampled(spec)).split(spec)
+        held_out, excluded = _whole_mdps(sample)
+        unread = int(check_held_out(sample.mdp_ids, spec).sum()) - len(np.unique(sample.mdp))
         if spec.evaluation.gate.metric != REWARD:
             held_out.metric_index(spec.evaluation.gate.metric, "evaluation.gate.metric")
         directories = sorted((Path(training) / "epochs").iterdir(), key=lambda p: int(p.name))
