@@ -40,7 +40,7 @@ bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization an
 	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),3) \
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),20) \
 	  --against d3rlpy tianshou torchrl --python $(OTHER_ENGINES)/bin/python
 
 reproduce: install ## Train every algorithm where the truth is known, over SEEDS seeds, and print what the policies earn

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HIDDEN, ACTIONS, DISCOUNT, RATE, FOLLOWS, SECONDS = (256, 256), 2, 0.99, 1e-3, 0.005, 3.0
+HIDDEN, ACTIONS, DISCOUNT, RATE, FOLLOWS, SECONDS = (256, 256), 2, 0.99, 1e-3, 0.005, 0.5
 Data = dict[str, np.ndarray]
 
 

@@ -1,7 +1,8 @@
 """What training needs to go on after an epoch, in files that cannot run code and are whole or not there.
 
 A directory holds the last two checkpoints, each a directory of its own that is renamed into place when it is written.
-One that is not what was written is passed over for the one before.
+One that is not what was written is passed over for the one before. torch.distributed.checkpoint writes and reads them,
+as safetensors: what it writes otherwise is pickled.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ import json
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load, save
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from components.training.trainer import Trainer
 
-STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
+DESCRIPTION = "checkpoint.json"
 KEPT = 2
 
 
@@ -27,13 +36,12 @@ def save_checkpoint(trainer: Trainer, epoch: int, directory: Path) -> None:
     draft = directory / f".{place.name}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    content = save(trainer.state())
-    description = {"epoch": epoch, "digest": hashlib.sha256(content).hexdigest()}
-    for name, data in ((STATE, content), (DESCRIPTION, json.dumps(description).encode())):
-        with (draft / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _alone():
+        save(dict(trainer.state()), storage_writer=HuggingFaceStorageWriter(str(draft)), no_dist=True)
+    with (draft / DESCRIPTION).open("w") as file:
+        json.dump({"epoch": epoch, "digest": _digest(draft)}, file)
+        file.flush()
+        os.fsync(file.fileno())
     shutil.rmtree(place, ignore_errors=True)
     draft.rename(place)
     for old in _checkpoints(directory)[KEPT:]:
@@ -45,15 +53,44 @@ def load_checkpoint(trainer: Trainer, directory: Path) -> int:
     for place in _checkpoints(directory):
         try:
             description = json.loads((place / DESCRIPTION).read_text())
-            content = (place / STATE).read_bytes()
-            if hashlib.sha256(content).hexdigest() != description["digest"]:
+            if _digest(place) != description["digest"]:
                 raise ValueError("its content is not what was written")
-            trainer.load_state(load(content))
+            reader = HuggingFaceStorageReader(str(place))
+            state = {
+                name: torch.empty(kept.size, dtype=kept.properties.dtype)
+                for name, kept in reader.read_metadata().state_dict_metadata.items()
+                if isinstance(kept, TensorStorageMetadata)
+            }
+            with _alone():
+                load(state, storage_reader=reader, no_dist=True)
+            trainer.load_state(state)
         except (OSError, ValueError, KeyError) as error:
             print(f"{place}: this checkpoint is passed over: {error}", file=sys.stderr, flush=True)
             continue
         return int(description["epoch"])
     return 0
+
+
+def _digest(place: Path) -> str:
+    """Of all that was written before the description."""
+    digest = hashlib.sha256()
+    for path in sorted(place.iterdir()):
+        if path.name != DESCRIPTION:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without torch's word that one process writes or reads by itself, and with what fails as an `OSError`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            # It is no `Exception`, and would pass by all who tell of one.
+            causes = (str(cause) for cause, _ in error.failures.values())
+            raise OSError("; ".join(causes)) from error
 
 
 def _checkpoints(directory: Path) -> list[Path]:

