@@ -7,6 +7,7 @@ The same types check a job on one machine and in a cluster. Every model refuses 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path, PurePath
@@ -101,8 +102,8 @@ class Partition(Model):
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths of a log: several are separated by commas."""
-    return [path for path in (part.strip() for part in text.split(",")) if path]
+    """The paths of a log: several are separated by commas, those within braces of a pattern not among them."""
+    return [path for path in (part.strip() for part in re.split(r",(?![^{]*})", text)) if path]
 
 
 def place_paths(text: str, root: str | PurePath) -> str:

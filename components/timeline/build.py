@@ -17,7 +17,7 @@ from components.timeline.describe import describe
 from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
 from components.timeline.quarantine import DUPLICATE, REASON, not_finite, with_reason
-from components.timeline.read import CORRUPT, UNREADABLE, read_log
+from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log
 from components.timeline.returns import add_returns, add_returns_over, backwards, so_far
 from contracts.job import JobSpec
 from contracts.progress import report
@@ -50,8 +50,10 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         log = read_log(spark, decision_log, spec.data, spec.action_space)
         if outcomes:
             log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data.outcome_wait_seconds)
-            log = log.cache()
         checked = with_reason(log, spec)
+        if outcomes:
+            # What is held is computed for every row: of a good one its columns are enough.
+            checked = checked.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS))).cache()
         used = in_sample(checked, spec)
         names = look_at(used)
         report(1, 4, "ordering MDPs")
@@ -86,6 +88,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             raise StageError(f"data.decisionLog {decision_log}: no row is left of {rows}; {why}")
         facts["out_of_order"] = counts["before_its_time"]
         document = facts | describe(written, kept, sorted(plan.features), sorted(plan.metrics))
+        if overruled := counts["overruled"]:
+            document["warnings"].append(
+                f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
+                f"{spec.data.last_step} takes for their end: column would take the log's word"
+            )
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
         lengths = document["lengths"]
@@ -102,7 +109,8 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
 def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path) -> dict[str, int]:
     """Write the transitions and count on the way: rows `used`, `rejected`, `left_out` by a limit, `before_its_time`.
 
-    Rows with names that the plan does not know are `unknown`: then what was written is of no use.
+    And `overruled`, last steps that the log calls truncated and the job terminal. Rows with names that the plan does
+    not know are `unknown`: then what was written is of no use.
     """
     read, placed, followed = Observation("read"), Observation("placed"), Observation("followed")
     # Counted when rows are small: to be counted, they must be laid out whole.
@@ -114,10 +122,11 @@ def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path)
         _number_of(F.col(LEFT_OUT)).alias(LEFT_OUT),
         _number_of(~F.col(LEFT_OUT) & F.col(REASON).isNotNull()).alias("rejected"),
     )
+    counted = ("before_its_time", "overruled")
     transitions = add_what_followed(numbered, spec, plan).observe(
-        followed, _number_of(F.col("before_its_time")).alias("before_its_time")
+        followed, *[_number_of(F.col(name)).alias(name) for name in counted]
     )
-    transitions.drop("before_its_time").write.mode("overwrite").parquet(str(path))
+    transitions.drop(*counted).write.mode("overwrite").parquet(str(path))
     return {name: n or 0 for seen in (read, placed, followed) for name, n in seen.get.items()}
 
 
@@ -139,13 +148,13 @@ class Plan:
 
 
 def in_sample(checked: DataFrame, spec: JobSpec) -> DataFrame:
-    """The rows of the MDPs that the job samples, and those without one."""
+    """The rows of the MDPs that the job samples, and as many of those without one."""
     if spec.data.sample_fraction == 1:
         return checked
-    place = F.pmod(F.xxhash64("mdp_id", F.lit(spec.seed)), F.lit(HASHES))
-    return checked.where(
-        F.col("mdp_id").isNull() | (F.col("mdp_id") == "") | (place < int(spec.data.sample_fraction * HASHES))
-    )
+    # All rows without an MDP beside few with one would be too many to be rejected.
+    whose = F.coalesce(F.nullif("mdp_id", F.lit("")), AS_IT_WAS)
+    place = F.pmod(F.xxhash64(whose, F.lit(spec.seed)), F.lit(HASHES))
+    return checked.where(place < int(spec.data.sample_fraction * HASHES))
 
 
 Names = tuple[list[str], list[str]]
@@ -234,7 +243,7 @@ def compact(used: DataFrame, plan: Plan) -> DataFrame:
 
 
 _PLACE = ("mdp_id", "sequence_number", "event_time", REASON, "ended")
-_NOTES = (CORRUPT, UNREADABLE)
+_NOTES = (AS_IT_WAS, UNREADABLE)
 
 
 def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
@@ -247,7 +256,7 @@ def _with_tie(used: DataFrame, plan: Plan) -> DataFrame:
     rows = used.withColumns({"values": values, "odd": odd})
     hashed: list[Column] = []
     # To look at the map once more would be to copy it.
-    others = [(name, kind) for name, kind in used.dtypes if name != "state_features"]
+    others = [(name, kind) for name, kind in used.dtypes if name not in ("state_features", *_NOTES)]
     for name, kind in others:
         column = F.col(f"`{name}`")
         if kind.startswith("map"):
@@ -339,6 +348,7 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
         "truncated": F.col("_truncated"),
         **{name: F.col(name) for name in rows.columns if name.startswith(("returns", "reward_timeline"))},
         "before_its_time": F.col("before_its_time"),
+        "overruled": last & known & F.coalesce(F.col("row.truncated"), F.lit(False)),
     }
     states = state.columns(F.col("state"), plan.features, STATE_PREFIX)
     if spec.data.full_rows:

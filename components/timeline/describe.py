@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -43,7 +44,7 @@ def describe(transitions: DataFrame, rows: int, features: list[str], metrics: li
     )
     sample = transitions
     if rows > SAMPLE_ROWS:
-        files = sorted(transitions.inputFiles())
+        files = sorted(map(unquote, transitions.inputFiles()))
         sample = transitions.sparkSession.read.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
         if sample.isEmpty():
             sample = transitions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from components.timeline.read import CORRUPT, UNREADABLE, read_outcomes
+from components.timeline.read import AS_IT_WAS, UNREADABLE, in_millionths, read_outcomes
 
 
 def join_outcomes(
@@ -13,18 +13,19 @@ def join_outcomes(
 ) -> tuple[DataFrame, dict[str, int]]:
     """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
 
-    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision
-    are not used: a run over the same days gives the same result whenever it is made. Also returns how many reports
-    there were, and how many of them could not be read, match no decision, or came late.
+    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision,
+    or do not say when, are not used: a run over the same days gives the same result whenever it is made. Also returns
+    how many reports there were, and how many of them could not be read, match no decision, or came late.
     """
-    outcomes = read_outcomes(spark, path).cache()
-    readable = outcomes.where(F.col(CORRUPT).isNull()).drop(CORRUPT, UNREADABLE)
+    outcomes = read_outcomes(spark, path, in_millionths(log)).drop(AS_IT_WAS).cache()
+    readable = outcomes.where(F.col(UNREADABLE).isNull()).drop(UNREADABLE)
     decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
     matched = readable.join(decided, ["mdp_id", "sequence_number"])
     late = F.lit(False)
     if wait_seconds is not None:
+        # One without a time may have come at any: counted in, it would change what a run of another day gives.
         late = F.coalesce(
-            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(False)
+            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(True)
         )
     matched = matched.withColumn("late", late)
     reports, fine = outcomes.count(), readable.count()

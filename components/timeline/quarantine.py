@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from components.timeline.read import CORRUPT, UNREADABLE
+from components.timeline.read import LINE, UNREADABLE
 from contracts.job import JobSpec, Slate
 
 REASON = "quarantine_reason"
@@ -38,7 +38,7 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
         ("non_finite_metric", not_finite("metrics")),
     ]
     reason = F.coalesce(
-        F.when(F.col(CORRUPT).isNotNull() & F.col(UNREADABLE).isNull(), F.lit("unparsable")),
+        F.when(F.col(UNREADABLE) == LINE, F.lit("unparsable")),
         F.concat(F.lit("unreadable_"), UNREADABLE),
         *[F.when(check, F.lit(name)) for name, check in checks],
     )

@@ -1,12 +1,13 @@
 """The decision log as it lies, in any of its forms, to one table with the contract's columns and types.
 
-Nothing is lost on the way: what cannot be read as its column's type leaves a note in `_unreadable` and the row, as it
-was, in `_corrupt_record`, for the quarantine.
+Nothing is lost on the way: a row brings along what it was, in `_as_it_was`, and where it cannot be read as its columns'
+types, a note in `_unreadable`; both are for the quarantine.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
@@ -21,16 +22,26 @@ from contracts.job import REWARD, Data, split_paths
 from contracts.stage import StageError
 from contracts.transitions import ACTION_PREFIX, NEXT_STATE_PREFIX, STATE_PREFIX
 
-CORRUPT = "_corrupt_record"
+AS_IT_WAS = "_as_it_was"
+"""The row as text, with columns that are not of the contract: a JSON line, or an object of the columns."""
 UNREADABLE = "_unreadable"
-"""Name of the first column of a row that is not of its type; null in a row that can be read."""
+"""Name of the first column of a row that is not of its type, or `LINE`; null in a row that can be read."""
+LINE = "line"
+_TORN, _TEXT = "_torn", "_text"
+"""Of a line that is none of its format, what it was; of JSON lines, all of them."""
 DAY_MICROSECONDS = 86_400_000_000
+MICROSECONDS = 1_000_000
+FIRST_MICROSECOND = -62_135_596_800_000_000  # of the year 1
 LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
+HEAD_ROWS = 1000
+FRACTIONS = 1 / 3
+"""Of the first numbers: fewer are a mistake, and more a unit in which no step is whole."""
 REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
 OURS = (
     "ordinal", "time_diff", "next_action", "possible_next_actions", "terminal", "returns", "reward_timeline",
-    "before_its_time", "values", "odd", "tie", "unknown", "row", "state", "first", "bad", "step", "steps", "left_out",
+    "before_its_time", "overruled", "values", "odd", "tie", "unknown", "row", "state", "first", "bad", "step", "steps",
+    "left_out",
 )  # fmt: skip
 OUR_PREFIXES = (STATE_PREFIX, NEXT_STATE_PREFIX, ACTION_PREFIX, "returns_", "quarantine_", "_")
 """Names that the stage gives to columns, so that a join key of the log cannot have them."""
@@ -42,9 +53,10 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
 
     JSON lines, CSV (maps and arrays as JSON in a cell), Parquet, ORC and tables are read; `data` gives the format where
     suffixes do not tell it, the names of the columns where they are others, and the partitions to read. A sequence
-    number may be a number or a time (microseconds then); a log without event times is given some from its partition
-    and sequence numbers, since only their order is needed. A bare `reward` column is taken as the metric `reward`. The
-    join keys that the job names for its feature service come along as they are.
+    number may be a whole number, a time (microseconds then) or a number with a fraction, as seconds since 1970 have one
+    (millionths then); a log without event times is given some from its partition and sequence numbers, since only
+    their order is needed. A bare `reward` column is taken as the metric `reward`. The join keys that the job names for
+    its feature service, and `ds`, come along as they are.
     Raises `StageError` for a path that is not there, a column that is missing, and files that cannot be read together.
     """
     data = data or Data()
@@ -52,44 +64,60 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     raw = _load(spark, path, data, "data.decisionLog", wanted)
     if data.partition:
         name = data.partition.column
-        if name not in raw.columns:
-            raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(raw)}")
+        if name not in (there := _there(raw)):
+            raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
         raw = raw.where(F.col(name).cast("string").between(data.partition.first, data.partition.last))
     names = _names(data)
+    there = _there(raw)
     for ours, theirs in names.items():
         given_name = getattr(data.columns, ours)
-        if theirs not in raw.columns and (ours in REQUIRED or given_name):
+        if theirs not in there and (ours in REQUIRED or given_name):
             given = f" (data.columns.{to_camel(ours)})" if given_name else ""
-            raise StageError(f"data.decisionLog {path}: column {theirs}{given} is missing; found {_found(raw)}")
-    if missing := [name for name in data.state_columns if name not in raw.columns]:
-        raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(raw)}")
-    if missing := [name for name in data.features.keys if name not in raw.columns]:
-        raise StageError(f"data.features.keys: {missing[0]} is missing from {path}; found {_found(raw)}")
+            raise StageError(f"data.decisionLog {path}: column {theirs}{given} is missing; found {_found(there)}")
+    if missing := [name for name in data.state_columns if name not in there]:
+        raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(there)}")
+    if missing := [name for name in data.features.keys if name not in there]:
+        raise StageError(f"data.features.keys: {missing[0]} is missing from {path}; found {_found(there)}")
     taken = {*wanted.names, *OURS}
     if clash := [k for k in data.features.keys if k in taken or k.startswith(OUR_PREFIXES)]:
         raise StageError(f"data.features.keys: {clash[0]} is the name of a column of ours; rename the join key")
-    known = {ours: theirs for ours, theirs in names.items() if theirs in raw.columns}
+    known = {ours: theirs for ours, theirs in names.items() if theirs in there}
     if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
         del known["event_time"]
-    if "event_time" not in known and data.outcome_wait_seconds is not None:
+    if "event_time" not in known:
+        say = f"{path} has no event times to count from; name their column in data.columns.eventTime"
+        if data.outcome_wait_seconds is not None:
+            raise StageError(f"data.outcomeWaitSeconds: {say}, or use all outcomes")
+        if data.features.service:
+            raise StageError(f"data.features.service: {say}, or log the state")
+    if data.last_step == "column" and "truncated" not in known and not data.outcomes:
         raise StageError(
-            f"data.outcomeWaitSeconds: {path} has no event times to count from; name their column in "
-            "data.columns.eventTime, or use all outcomes"
+            f"data.lastStep column: {path} has no column {names['truncated']} to tell of last steps; name it "
+            f"in data.columns.truncated, or say terminal or truncated; found {_found(there)}"
         )
     if data.state_columns:
         known.pop("state_features", None)
-    return _conform(raw, known, wanted, data)
+    return _conform(raw, known, wanted, data, in_millionths=_has_fractions(raw, known["sequence_number"]))
 
 
-def read_outcomes(spark: SparkSession, path: str) -> DataFrame:
-    """The outcomes at `path`, in any of the log's formats, with their contract's columns and the same two notes."""
+def in_millionths(log: DataFrame) -> bool:
+    """Whether the log's sequence numbers had fractions."""
+    return bool(log.schema["sequence_number"].metadata)
+
+
+def read_outcomes(spark: SparkSession, path: str, in_millionths: bool = False) -> DataFrame:
+    """The outcomes at `path`, in any of the log's formats, with their contract's columns and the same two notes.
+
+    Their sequence numbers are read as the log's are.
+    """
     wanted = spark_schema(OUTCOMES_SCHEMA)
     raw = _load(spark, path, Data(), "data.outcomes", wanted)
+    there = _there(raw)
     for required in ("mdp_id", "sequence_number"):
-        if required not in raw.columns:
-            raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(raw)}")
-    known = {name: name for name in (*OUTCOMES_SCHEMA.names, REWARD) if name in raw.columns}
-    return _conform(raw, known, wanted, Data())
+        if required not in there:
+            raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(there)}")
+    known = {name: name for name in (*OUTCOMES_SCHEMA.names, REWARD) if name in there}
+    return _conform(raw, known, wanted, Data(), in_millionths)
 
 
 def _names(data: Data) -> dict[str, str]:
@@ -103,8 +131,33 @@ def spark_schema(contract: pa.Schema) -> T.StructType:
     return kinds
 
 
-def _found(frame: DataFrame) -> str:
-    return ", ".join(name for name in frame.columns if name != CORRUPT) or "no column at all"
+def _found(names: list[str]) -> str:
+    return ", ".join(names) or "no column at all"
+
+
+def _there(raw: DataFrame) -> list[str]:
+    """The columns that there are; of JSON lines, whose columns we have named, those that some line has."""
+    columns = [name for name in raw.columns if name not in (_TORN, _TEXT)]
+    if _TEXT not in raw.columns:
+        return columns
+    keys = F.json_object_keys(_TEXT)
+    head = [row[0] or [] for row in raw.select(keys).take(HEAD_ROWS)]
+    seen = {key for found in head for key in found}
+    partitions = {field.name for field in raw.schema if field.metadata}
+
+    def some_line_has(name: str) -> bool:
+        return name in partitions | seen or not raw.where(F.array_contains(keys, name)).isEmpty()
+
+    return [name for name in columns if some_line_has(name)] if head else columns
+
+
+def _has_fractions(raw: DataFrame, column: str) -> bool:
+    """Whether the first numbers of a column say that it is not one of whole ones."""
+    if isinstance(raw.schema[column].dataType, (T.IntegralType, T.DatetimeType)):
+        return False
+    number = F.col(f"`{column}`").try_cast("double")
+    fractions = [row[0] for row in raw.select(number != F.floor(number)).take(HEAD_ROWS)]
+    return sum(map(bool, fractions)) > FRACTIONS * len(fractions)
 
 
 def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.StructType) -> DataFrame:
@@ -119,10 +172,19 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
     for path in paths:
         if not _statuses(spark, path):
             raise StageError(f"{field} {path}: no such file or directory")
-    form = _form(spark, paths) if form == "auto" else form
+    if form == "auto":
+        told = {path: found for path in paths if (found := _form(spark, path))}
+        form = next(iter(told.values()), "parquet")
+        if other := next((path for path, found in told.items() if found != form), ""):
+            raise StageError(_several(field, text, other, told[other], form))
     try:
         # Each by itself: partitions of several roots have nothing in common for Spark to find.
-        return _union([_load_one(spark, path, form, data, wanted) for path in paths])
+        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths])
+        if data.format == "auto":
+            for file in whole.inputFiles():
+                if (found := _form_of(unquote(file))) not in (form, ""):
+                    raise StageError(_several(field, text, unquote(file), found, form))
+        return whole
     except (PySparkException, Py4JJavaError) as error:
         said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
         raise StageError(
@@ -131,21 +193,37 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
         ) from None
 
 
+def _several(field: str, text: str, path: str, found: str, form: str) -> str:
+    return f"{field} {text}: {path} is {found}, and other files are {form}: keep one format, or write them anew in one"
+
+
 def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.StructType) -> DataFrame:
     reader = spark.read
     root = _root(spark, path)
     if root:
         reader = reader.option("basePath", root)
     if form == "json":
-        # Everything by its text: a number where a string belongs, or the other way round, loses nothing.
-        return reader.schema(_json_schema(data, wanted)).option("columnNameOfCorruptRecord", CORRUPT).json(path)
+        # Lines are kept as well, for what they have beside the contract's columns.
+        lines = reader.text(path).where(F.trim("value") != "")
+        partitions = [name for name in lines.columns if name != "value"]
+        schema = _json_schema(data, wanted)
+        read = F.from_json("value", schema, {"columnNameOfCorruptRecord": _TORN})
+        return lines.select(read.alias("read"), "*").select(
+            *[f"read.`{name}`" for name in schema.names if name not in partitions],
+            *[F.col(f"`{name}`").alias(name, metadata={"partition": True}) for name in partitions],
+            F.col("value").alias(_TEXT),
+        )
     if form == "csv":
         # Spark takes one file's header for all of them.
-        reader = reader.options(header=True, escape='"', multiLine=True)
+        reader = reader.options(header=True, escape='"', multiLine=True, columnNameOfCorruptRecord=_TORN)
         by_header: dict[tuple[str, ...], list[str]] = {}
-        for file in reader.csv(path).inputFiles():
+        for file in map(unquote, reader.csv(path).inputFiles()):
             by_header.setdefault(tuple(reader.csv(file).columns), []).append(file)
-        return _union([reader.csv(files) for files in by_header.values()] or [reader.csv(path)])
+        # A line with more cells than the header, or fewer, is told only by a schema that has a place for it.
+        return _union(
+            [reader.schema(_texts([*names, _TORN])).csv(files) for names, files in by_header.items() if names]
+            or [reader.csv(path)]
+        )
     return reader.option("mergeSchema", True).format(form).load(path)
 
 
@@ -173,8 +251,12 @@ def _json_schema(data: Data, wanted: T.StructType) -> T.StructType:
     more = [names[REWARD], "ds", *data.state_columns, *data.features.keys]
     if data.partition:
         more.append(data.partition.column)
-    columns |= {name: T.StringType() for name in more}
-    return T.StructType([T.StructField(name, kind) for name, kind in (columns | {CORRUPT: T.StringType()}).items()])
+    columns |= {name: T.StringType() for name in [*more, _TORN]}
+    return T.StructType([T.StructField(name, kind) for name, kind in columns.items()])
+
+
+def _texts(names: list[str]) -> T.StructType:
+    return T.StructType([T.StructField(name, T.StringType()) for name in names])
 
 
 def _as_text(kind: T.DataType) -> T.DataType:
@@ -183,13 +265,20 @@ def _as_text(kind: T.DataType) -> T.DataType:
     return _STRINGS if isinstance(kind, T.MapType) else T.StringType()
 
 
-def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: Data) -> DataFrame:
+def _conform(
+    raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: Data, in_millionths: bool = False
+) -> DataFrame:
     """Every wanted column in its type, from the columns of `raw` by our names in `known`."""
     types = {field.name: field.dataType for field in raw.schema.fields}
     unreadable: list[Column] = []
 
     def read(ours: str, kind: T.DataType, column: str) -> Column:
-        value, bad = _typed(F.col(f"`{column}`"), types[column], kind)
+        given = F.col(f"`{column}`")
+        if ours == "sequence_number" and in_millionths:
+            value = F.round(given.try_cast("decimal(38,9)") * MICROSECONDS).try_cast("bigint")
+            bad: Column | None = given.isNotNull() & value.isNull()
+        else:
+            value, bad = _typed(given, types[column], kind)
         if bad is not None:
             unreadable.append(F.when(bad, F.lit(ours)))
         return value
@@ -210,14 +299,17 @@ def _conform(raw: DataFrame, known: dict[str, str], wanted: T.StructType, data: 
         columns["metrics"] = _with_reward(columns["metrics"], read(REWARD, T.DoubleType(), known[REWARD]))
     if "event_time" in columns and "event_time" not in known and "action" in columns:
         columns["event_time"] = _made_time(columns["sequence_number"], raw, data)
-    as_it_was = F.to_json(F.struct(*[F.col(f"`{name}`") for name in raw.columns if name != CORRUPT]))
-    torn = F.col(CORRUPT) if CORRUPT in raw.columns else F.lit(None).cast("string")
-    first = F.coalesce(*unreadable) if unreadable else F.lit(None).cast("string")
+    torn = F.col(_TORN) if _TORN in raw.columns else F.lit(None).cast("string")
+    whole = F.to_json(F.struct(*[F.col(f"`{name}`") for name in raw.columns if name != _TORN]))
+    as_it_was = F.col(_TEXT) if _TEXT in raw.columns else F.coalesce(torn, whole)
+    unreadable.insert(0, F.when(torn.isNotNull(), F.lit(LINE)))
+    metadata = {"sequence_number": {"in_millionths": True}} if in_millionths else {}
+    brought = dict.fromkeys([*data.features.keys, *(["ds"] if "ds" in raw.columns else [])])
     return raw.select(
-        *[column.alias(name) for name, column in columns.items()],
-        *[F.col(f"`{name}`") for name in data.features.keys],
-        F.when(first.isNotNull(), F.coalesce(torn, as_it_was)).otherwise(torn).alias(CORRUPT),
-        F.when(torn.isNull(), first).alias(UNREADABLE),
+        *[column.alias(name, metadata=metadata.get(name, {})) for name, column in columns.items()],
+        *[F.col(f"`{name}`") for name in brought],
+        as_it_was.alias(AS_IT_WAS),
+        F.coalesce(*unreadable).alias(UNREADABLE),
     )
 
 
@@ -233,9 +325,12 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
         return _number_maps(raw, given)
     elif isinstance(wanted, T.ArrayType):
         value = F.from_json(raw, "array<string>") if isinstance(given, T.StringType) else raw.try_cast("array<string>")
-    elif isinstance(wanted, T.TimestampType) and isinstance(given, T.NumericType):
-        # Seconds since 1970.
-        value = F.when(raw.cast("double").between(0, LAST_MICROSECOND / 1e6), raw.cast("double").cast("timestamp"))
+    elif isinstance(wanted, T.TimestampType) and isinstance(given, (T.NumericType, T.StringType)):
+        # A number is of seconds since 1970, also where all is text.
+        seconds = raw.try_cast("double")
+        value = F.when(seconds.between(0, LAST_MICROSECOND / MICROSECONDS), seconds.cast("timestamp"))
+        if isinstance(given, T.StringType):
+            value = F.when(seconds.isNull(), raw.try_cast("timestamp")).otherwise(value)
     else:
         value = raw.try_cast(wanted)
     return value, raw.isNotNull() & value.isNull()
@@ -304,10 +399,13 @@ def _with_reward(metrics: Column, reward: Column) -> Column:
 def _made_time(order: Column, raw: DataFrame, data: Data) -> Column:
     """Times in the order of a log that has none: the partition's day, and a microsecond for each step.
 
-    A sequence number that is a time itself, or a count too long for a day, is taken for microseconds since 1970.
+    A sequence number that is a time itself, or a count too long for a day, is taken for microseconds since 1970, and
+    one too large for those for nanoseconds.
     """
     day = data.partition.column if data.partition else "ds"
-    micros = F.when(order.between(0, LAST_MICROSECOND), F.timestamp_micros(order))
+    within = order.between(FIRST_MICROSECOND, LAST_MICROSECOND)
+    of_nanos = F.floor(order.cast("decimal(19,0)") / 1000).cast("bigint")
+    micros = F.timestamp_micros(F.when(within, order).otherwise(of_nanos))
     if day not in raw.columns:
         return micros
     started = F.unix_micros(F.col(day).cast("string").try_cast("timestamp"))
@@ -322,16 +420,18 @@ def _statuses(spark: SparkSession, path: str) -> list[Any]:
     return list(found or [])
 
 
-def _form(spark: SparkSession, paths: list[str]) -> str:
-    """The format that file names tell, one directory down if need be; Parquet when they tell nothing."""
-    for path in paths:
-        for status in _statuses(spark, path):
-            names = _names_below(spark, status) if status.isDirectory() else [status.getPath().getName()]
-            for name in names:
-                stem = name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".zst")
-                if form := next((form for suffix, form in SUFFIXES.items() if stem.endswith(suffix)), None):
-                    return form
-    return "parquet"
+def _form(spark: SparkSession, path: str) -> str:
+    """The format that file names tell, some directories down if need be."""
+    for status in _statuses(spark, path):
+        names = _names_below(spark, status) if status.isDirectory() else [status.getPath().getName()]
+        if form := next(filter(None, map(_form_of, names)), ""):
+            return form
+    return ""
+
+
+def _form_of(name: str) -> str:
+    stem = name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".zst")
+    return next((form for suffix, form in SUFFIXES.items() if stem.endswith(suffix)), "")
 
 
 def _names_below(spark: SparkSession, directory: Any, depth: int = 3) -> list[str]:

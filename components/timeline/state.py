@@ -24,9 +24,12 @@ def as_array(values: str, odd: str, features: list[str]) -> Column:
     # A map is searched name by name: all names of a large map are found faster by sorting it once.
     entries = F.array(F.array_sort(F.map_entries(odd)))
     picked = F.transform(entries, lambda e: F.transform(places, lambda place: F.get(e, place)["value"]))[0]
+    keys = F.map_keys(odd)
+    # By its place only where each name is there once.
+    all_once = (F.size(keys) == len(features)) & (F.size(F.array_distinct(keys)) == len(features))
     return (
         F.when(F.col(values).isNotNull(), F.col(values))
-        .when(F.size(F.array_distinct(F.map_keys(odd))) == len(features), picked)
+        .when(all_once, picked)
         .when(F.col(odd).isNotNull(), F.transform(names_array(features), lambda name: F.col(odd)[name]))
     )
 

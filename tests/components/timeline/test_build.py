@@ -59,7 +59,8 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
     as_maps = [
         {k: list(v.items()) if isinstance(v, dict) else v for k, v in row.items()} for row in rows
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(as_maps, schema=SCHEMA), path)
+    nullable = pa.schema([field.with_nullable(True) for field in SCHEMA])
+    pq.write_table(pa.Table.from_pylist(as_maps, schema=nullable), path)
     return str(path)
 
 
@@ -100,6 +101,7 @@ def followed(spark, tmp_path):
     ("reason", "changes"),
     [
         ("missing_mdp_id", {"mdp_id": ""}),
+        ("missing_mdp_id", {"mdp_id": None}),
         ("missing_event_time", {"event_time": None}),
         ("missing_action", {"action": None}),
         ("missing_action", {"action": ""}),
@@ -126,6 +128,22 @@ def test_a_row_that_cannot_be_used_has_its_reason(checked, reason, changes):
     assert [row[REASON] for row in rows if row["sequence_number"] == 0] == [None]
 
 
+def test_a_row_without_a_place_in_its_mdp_has_its_reason(checked):
+    rows = checked(decision(step=0), decision() | {"sequence_number": None}).collect()
+    assert {row["sequence_number"]: row[REASON] for row in rows} == {0: None, None: "missing_sequence_number"}
+
+
+def test_a_name_that_is_there_twice_moves_no_other(spark, tmp_path):
+    table = pa.Table.from_pylist([dict(decision(step=i), state_features=[], metrics=[]) for i in range(4)], SCHEMA)
+    maps = [[("a", 1.0), ("b", 2.0)]] * 2 + [[("b", 2.0), ("a", 1.0)], [("a", 1.0), ("a", 1.0), ("b", 2.0)]]
+    place = table.column_names.index("state_features")
+    table = table.set_column(place, "state_features", pa.array(maps, SCHEMA.field("state_features").type))
+    pq.write_table(table, tmp_path / "log.parquet")
+    frame, plan = placed(read_log(spark, str(tmp_path / "log.parquet")), spec())
+    assert plan.features == ["a", "b"]
+    assert [row["state"] for row in frame.collect()] == [[1.0, 2.0]] * 4
+
+
 def test_of_a_step_logged_twice_the_earliest_good_row_stays(checked):
     rows = checked(
         decision(step=1, event_time=NOON + timedelta(seconds=9), action_probability=0.3),
@@ -142,7 +160,7 @@ def test_a_json_line_that_does_not_parse_is_kept_whole(spark, tmp_path):
     rows = with_reason(read_log(spark, str(tmp_path / "log.jsonl")), spec()).collect()
     torn = next(row for row in rows if row[REASON])
     assert torn[REASON] == "unparsable"
-    assert torn["_corrupt_record"] == '{"mdp_id": "b", "sequence_nu'
+    assert torn["_as_it_was"] == '{"mdp_id": "b", "sequence_nu'
     kept = next(row for row in rows if not row[REASON])
     assert kept["state_features"] == {"x": 0.0}
     assert kept["event_time"] == NOON.replace(tzinfo=None)
@@ -309,6 +327,19 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     ]
     assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
+
+
+def test_a_report_that_does_not_say_when_is_late_where_the_job_waits(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=i) for i in range(3)]))
+    decided = [row["event_time"] for row in log.orderBy("sequence_number").collect()]
+    times = {0: None, 1: decided[1] + timedelta(seconds=60), 2: decided[2] + timedelta(seconds=61)}
+    with (tmp_path / "outcomes.jsonl").open("w") as stream:
+        for step, time in times.items():
+            report = {"mdp_id": "a", "sequence_number": step, "metrics": {"sale": 1.0}}
+            stream.write(json.dumps(report | {"event_time": time and time.isoformat()}) + "\n")
+    joined, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait_seconds=60)
+    assert counts["late"] == 2
+    assert ["sale" in row["metrics"] for row in joined.orderBy("sequence_number").collect()] == [False, True, False]
 
 
 class TestWhatTheJobLeavesOut:

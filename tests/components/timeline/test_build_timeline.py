@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -75,6 +76,54 @@ def test_decisions_that_lie_before_their_time_are_counted(tmp_path):
     rows = [ROWS[0], ROWS[40] | {"event_time": "2025-12-31T00:00:00Z"}, ROWS[80]]
     build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
     assert json.loads((tmp_path / "out" / RECORD).read_text())["out_of_order"] == 1
+
+
+def test_torn_lines_are_sampled_as_mdps_are(tmp_path):
+    log = write(tmp_path / "log.jsonl", ROWS)
+    with Path(log).open("a") as stream:
+        stream.writelines(f'{{"mdp_id": "torn {i}\n' for i in range(40))
+    build_timeline(spec(sampleFraction=0.2, maxQuarantineFraction=0.3), log, None, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["rows_in"] == len(ROWS) + 40
+    assert 0 < record["reasons"]["unparsable"] < 20
+
+
+def test_a_rejected_row_is_kept_with_columns_that_nobody_asked_for(tmp_path):
+    rows = [row | {"agent": "robot"} for row in ROWS[:100]]
+    rows[7] |= {"action_probability": 2.0}
+    bare = [{name: row[name] for name in row if name not in ("state_features", "metrics")} for row in rows]
+    pq.write_table(pa.Table.from_pylist(bare), tmp_path / "l.parquet")
+    build_timeline(spec(), str(tmp_path / "l.parquet"), None, tmp_path / "out")
+    [kept] = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    assert json.loads(kept["_as_it_was"])["agent"] == "robot"
+    assert "agent" not in pq.read_table(tmp_path / "out" / "transitions").column_names
+
+
+def test_the_same_log_gives_the_same_transitions_also_when_outcomes_are_told_twice(tmp_path):
+    outcomes = [{k: row[k] for k in ("mdp_id", "sequence_number")} | {"metrics": {"sale": 1.0}} for row in ROWS[::3]]
+    found = []
+    for name, told in (("once", outcomes), ("twice", [*outcomes, *reversed(outcomes)])):
+        log, late = write(tmp_path / "log.jsonl", ROWS), write(tmp_path / f"{name}.jsonl", told)
+        build_timeline(spec(), log, late, tmp_path / name)
+        rows = pq.read_table(tmp_path / name / "transitions").to_pylist()
+        found.append(sorted(rows, key=lambda row: (row["mdp_id"], row["ordinal"])))
+    assert found[0] == found[1]
+    assert sum("sale" in dict(row["metrics"]) for row in found[0]) == len(outcomes)
+
+
+def test_a_log_that_changes_while_it_is_read_fails_the_stage(tmp_path, monkeypatch):
+    broken = [ROWS[0] | {"action_probability": 2.0, "sequence_number": 99}, *ROWS]
+    monkeypatch.setattr("components.timeline.build.count_reasons", lambda *_: ({}, {}))
+    with pytest.raises(StageError, match="401 rows in, but 400 out and 0 quarantined; the log changed"):
+        build_timeline(spec(), write(tmp_path / "log.jsonl", broken), None, tmp_path / "out")
+
+
+def test_a_word_of_the_log_that_the_job_overrules_is_told(tmp_path):
+    rows = [row | {"truncated": row["sequence_number"] == 9 and row["mdp_id"] < "m2"} for row in ROWS]
+    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    [said] = json.loads((tmp_path / "out" / RECORD).read_text())["warnings"]
+    ends = sum(row["truncated"] for row in rows)
+    assert said.startswith(f"{ends} MDPs end in a step that the log calls truncated, and that data.lastStep terminal")
 
 
 def test_every_reason_is_counted(tmp_path):

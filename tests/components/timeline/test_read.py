@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.spark import spark_session
+from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
-from components.timeline.read import CORRUPT, UNREADABLE, read_log, read_outcomes
+from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, read_outcomes
 from contracts.job import Data, JobSpec
 from contracts.stage import StageError
 
@@ -59,7 +60,8 @@ class TestTheForms:
     def test_json_lines(self, spark, tmp_path):
         [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW))
         assert contract(row) == READ
-        assert row[CORRUPT] is None is row[UNREADABLE]
+        assert json.loads(row[AS_IT_WAS]) == ROW
+        assert row[UNREADABLE] is None
 
     def test_csv_with_maps_as_json(self, spark, tmp_path):
         with (tmp_path / "log.csv").open("w", newline="") as stream:
@@ -88,7 +90,9 @@ class TestTheForms:
         assert [contract(row) for row in read(spark, str(path))] == [READ]
 
     def test_a_table_by_its_name(self, spark, tmp_path):
-        read_log(spark, jsonl(tmp_path / "log.jsonl", ROW)).drop(CORRUPT, UNREADABLE).createOrReplaceTempView("decided")
+        read_log(spark, jsonl(tmp_path / "log.jsonl", ROW)).drop(AS_IT_WAS, UNREADABLE).createOrReplaceTempView(
+            "decided"
+        )
         assert [contract(row) for row in read(spark, "decided", format="table")] == [READ]
         with pytest.raises(StageError, match=r"data\.decisionLog nowhere: no such table"):
             read(spark, "nowhere", format="table")
@@ -101,6 +105,14 @@ class TestTheForms:
         paths = [jsonl(tmp_path / f"{day}.jsonl", ROW | {"mdp_id": day}) for day in "abc"]
         assert [row["mdp_id"] for row in read(spark, ",".join(paths[:2]))] == ["a", "b"]
         assert [row["mdp_id"] for row in read(spark, f"{tmp_path}/[bc].jsonl")] == ["b", "c"]
+
+    def test_a_pattern_with_braces_and_a_path_with_a_space(self, spark, tmp_path):
+        for day in "abc":
+            jsonl(tmp_path / "a log" / f"{day}.jsonl", ROW | {"mdp_id": day})
+        found = read(spark, f"{tmp_path}/a log/{{a,b}}.jsonl, {tmp_path}/a log/c.jsonl")
+        assert [row["mdp_id"] for row in found] == ["a", "b", "c"]
+        (tmp_path / "a log" / "d.csv").write_text("mdp_id,sequence_number,action\nd,1,left\n")
+        assert [row["mdp_id"] for row in read(spark, f"file://{tmp_path}/a log/d.csv")] == ["d"]
 
     def test_several_partitioned_roots_and_globs_over_partitions(self, spark, tmp_path):
         for root in ("decisions", "backfill"):
@@ -190,8 +202,72 @@ class TestTheColumns:
         row = {"mdp_id": "a", "sequence_number": "2026-01-01T12:00:00Z", "action": "left", "ds": "2026-01-01"}
         [found] = read(spark, jsonl(tmp_path / "log.jsonl", row))
         assert found["event_time"] == datetime(2026, 1, 1, 12)
-        [found] = read(spark, jsonl(tmp_path / "log.jsonl", row | {"sequence_number": 2**62}))
-        assert found["event_time"] is None, "no year that anybody lives to see"
+
+    @pytest.mark.parametrize(
+        ("number", "time"),
+        [
+            (-5_000_000, datetime(1969, 12, 31, 23, 59, 55)),
+            (1_767_225_600_000_001, datetime(2026, 1, 1, 0, 0, 0, 1)),
+            (1_767_225_600_000_001_999, datetime(2026, 1, 1, 0, 0, 0, 1)),
+        ],
+        ids=["before the first", "microseconds", "nanoseconds"],
+    )
+    def test_any_whole_number_makes_a_time(self, spark, tmp_path, number, time):
+        row = {"mdp_id": "a", "sequence_number": number, "action": "left"}
+        [found] = with_reason(read_log(spark, jsonl(tmp_path / "log.jsonl", row)), JOB).collect()
+        assert (found["event_time"], found[REASON]) == (time, None)
+
+    @pytest.mark.parametrize("form", ["parquet", "jsonl"])
+    def test_numbers_with_fractions_are_counted_in_millionths(self, spark, tmp_path, form):
+        rows = [{"mdp_id": "a", "sequence_number": n, "action": "left"} for n in (1767225600.25, 1767225601.0)]
+        path, outcomes = tmp_path / f"log.{form}", [{"mdp_id": "a", "sequence_number": 1767225601, "reward": 1.0}]
+        pq.write_table(pa.Table.from_pylist(rows), path) if form == "parquet" else jsonl(path, *rows)
+        log = read_log(spark, str(path))
+        found = sorted(row["sequence_number"] for row in log.collect())
+        assert found == [1_767_225_600_250_000, 1_767_225_601_000_000]
+        joined, counts = join_outcomes(spark, log, jsonl(tmp_path / "outcomes.jsonl", *outcomes))
+        assert counts["unmatched"] == 0
+        assert [row["metrics"] for row in joined.orderBy("sequence_number").collect()] == [None, {"reward": 1.0}]
+
+    @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+    def test_an_event_time_that_is_a_number_is_of_seconds(self, spark, tmp_path, form):
+        row = {"mdp_id": "a", "sequence_number": 1, "action": "left", "event_time": 1767225600}
+        path = tmp_path / f"log.{form}"
+        if form == "jsonl":
+            jsonl(path, row)
+        elif form == "csv":
+            path.write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        assert read(spark, str(path))[0]["event_time"] == datetime(2026, 1, 1)
+
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            ({"stateColumns": ["agee"]}, r"data\.stateColumns: agee is missing"),
+            (
+                {"columns": {"actionProbability": "prop"}},
+                r"column prop \(data\.columns\.actionProbability\) is missing",
+            ),
+            (
+                {"features": {"service": "s", "repository": "r", "keys": ["k"]}},
+                r"data\.features\.keys: k is missing",
+            ),
+            ({"lastStep": "column"}, r"data\.lastStep column: .* has no column truncated"),
+        ],
+    )
+    def test_a_name_that_no_json_line_has_is_refused(self, spark, tmp_path, data, said):
+        with pytest.raises(StageError, match=said):
+            read(spark, jsonl(tmp_path / "log.jsonl", *[ROW | {"age": None}] * 3), **data)
+
+    def test_a_service_needs_event_times_to_join_at(self, spark, tmp_path):
+        path = jsonl(tmp_path / "log.jsonl", {"mdp_id": "a", "sequence_number": 1, "action": "left"})
+        with pytest.raises(StageError, match=r"data\.features\.service: .* has no event times"):
+            read(spark, path, features={"service": "s", "repository": "r"})
+
+    def test_the_day_comes_along(self, spark, tmp_path):
+        jsonl(tmp_path / "log" / "ds=2026-01-01" / "part.jsonl", ROW)
+        assert [row["ds"] for row in read(spark, str(tmp_path / "log"))] == ["2026-01-01"]
 
     def test_a_wait_for_outcomes_needs_event_times(self, spark, tmp_path):
         path = jsonl(tmp_path / "log.jsonl", {"mdp_id": "a", "sequence_number": 1, "action": "left"})
@@ -226,6 +302,7 @@ class TestWhatCannotBeRead:
         [
             ("sequence_number", "soon"),
             ("sequence_number", 1.5),
+            ("event_time", 1e12),
             ("event_time", "yesterday"),
             ("state_features", {"x": "tall"}),
             ("action_probability", "likely"),
@@ -235,12 +312,13 @@ class TestWhatCannotBeRead:
         ],
     )
     def test_is_set_aside_whole_and_named(self, spark, tmp_path, column, value):
-        path = jsonl(tmp_path / "log.jsonl", ROW, ROW | {"mdp_id": "bad", column: value})
+        bad = ROW | {"mdp_id": "bad", column: value, "agent": "robot"}
+        path = jsonl(tmp_path / "log.jsonl", *[ROW] * 3, bad)
         checked = with_reason(read_log(spark, path), JOB).collect()
         reasons = {row["mdp_id"]: row[REASON] for row in checked}
         assert reasons == {"7": None, "bad": f"unreadable_{column}"}
-        kept = next(json.loads(row[CORRUPT]) for row in checked if row["mdp_id"] == "bad")
-        assert kept["action"] == "left"
+        kept = next(json.loads(row[AS_IT_WAS]) for row in checked if row["mdp_id"] == "bad")
+        assert (kept["action"], kept["agent"]) == ("left", "robot")
         assert str(value if not isinstance(value, dict) else "").lower() in json.dumps(kept[column]).lower()
 
     def test_a_feature_that_is_a_column_is_named_as_the_state(self, spark, tmp_path):
@@ -253,6 +331,25 @@ class TestWhatCannotBeRead:
         path.write_text(json.dumps(ROW).replace('{"clicks": 2.0}', '{"clicks": 1, "clicks": 2}') + "\n")
         [row] = with_reason(read_log(spark, str(path)), JOB).collect()
         assert row[REASON] == "unreadable_metrics"
+
+    def test_lines_of_more_cells_than_the_header_or_fewer(self, spark, tmp_path):
+        path = tmp_path / "log.csv"
+        path.write_text("mdp_id,sequence_number,action,reward\na,1,left,2.5\na,2,left,2,5\na,3,left\n")
+        rows = with_reason(read_log(spark, str(path)), JOB).orderBy("sequence_number").collect()
+        assert [(row[REASON], row[AS_IT_WAS]) for row in rows if row[REASON]] == [
+            ("unparsable", "a,2,left,2,5"),
+            ("unparsable", "a,3,left"),
+        ]
+        assert [row["metrics"] for row in rows if not row[REASON]] == [{"reward": 2.5}]
+
+    def test_files_of_several_formats_are_refused(self, spark, tmp_path):
+        (tmp_path / "log" / "old").mkdir(parents=True)
+        first = jsonl(tmp_path / "log" / "a.jsonl", ROW)
+        second = str(tmp_path / "log" / "b.parquet")
+        pq.write_table(pa.table({"mdp_id": ["b"], "sequence_number": [1], "action": ["left"]}), second)
+        for path in (f"{first},{second}", str(tmp_path / "log")):
+            with pytest.raises(StageError, match=r"is (parquet|json), and other files are (json|parquet)"):
+                read(spark, path)
 
     def test_lines_that_are_no_json(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
