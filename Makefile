@@ -35,11 +35,11 @@ slates: install ## Log random slates of RecSim's, run manifests/examples/slates.
 	$(BIN)/bluewhale run manifests/examples/slates.yaml || test $$? -eq 3  # 3: the gate stopped the policy
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/slates.py compare
 
-bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization and training against bare jobs and other engines (ROWS, REPEATS)
+bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization and training against bare jobs and other engines (ROWS, NORMALIZATION_ROWS, REPEATS)
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats $(or $(REPEATS),3) \
 	  --against duckdb polars --python $(OTHER_ENGINES)/bin/python
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
-	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows 50000 --repeats 1
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows $(or $(NORMALIZATION_ROWS),50000) --repeats 1
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),20) \
 	  --against d3rlpy tianshou torchrl --python $(OTHER_ENGINES)/bin/python
 

@@ -245,6 +245,12 @@ class Normalization(Model):
     max_enum_values: int = Field(10, ge=2, description="Most distinct values of an enum.")
     normality_bound: Positive = Field(1000.0, description="D'Agostino K^2 below which a feature is taken as normal.")
     box_cox_gain: Positive = Field(10.0, description="Box-Cox must lower K^2 by this factor to be used.")
+    box_cox_lambda_margin: float = Field(
+        0.1, ge=0, description="Box-Cox is used only where its lambda is further from 1, where it changes nothing."
+    )
+    probability_clamp: float = Field(
+        1e-5, gt=0, lt=0.5, description="Probabilities are kept this far from 0 and 1, before their logits are taken."
+    )
     quantiles: int = Field(20, ge=2, description="Quantiles that a feature of no simple shape is mapped by.")
     max_missing_fraction: float = Field(
         0.999, ge=0, le=1, description="A feature that is missing in more of the rows is dropped, and reported."

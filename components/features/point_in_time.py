@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from datetime import UTC
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -20,6 +21,7 @@ from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
+_TURN = "_turn"
 REPOSITORY = "repository"
 """Of the log's own state, in the stage's directory."""
 
@@ -112,6 +114,20 @@ def describe_actions(transitions: DataFrame, slate: Slate | None = None) -> Data
     return transitions.withColumns({ACTION_PREFIX + name: one[name] for name in names})
 
 
+def _apart(instants: DataFrame, views: list[feast_store.View]) -> DataFrame:
+    """The instants with the `_turn` in which Feast is asked for each: as good as always there is one.
+
+    Feast tells the instants of a view with several keys apart by those keys' texts, one after another without anything
+    between: (1, 23) and (12, 3) at one time are one to it, and so must not be asked for together.
+    """
+    turns = []
+    for view in views:
+        if len(view.keys) > 1:
+            alike = F.concat(*[F.col(key).cast("string") for key in view.keys], F.col("event_timestamp").cast("string"))
+            turns.append(F.dense_rank().over(Window.partitionBy(alike).orderBy(*view.keys)).cast("string"))
+    return instants.withColumn(_TURN, F.concat_ws(" ", *turns))
+
+
 def join_service(transitions: DataFrame, store: Any, service: Any, settings: Features) -> DataFrame:
     """The transitions with the service's features joined as of each decision's event time."""
     views = feast_store.views_of(store, service)
@@ -132,9 +148,18 @@ def join_service(transitions: DataFrame, store: Any, service: Any, settings: Fea
         F.col("sequence_number").alias("_step"),
         F.col("event_time").alias("event_timestamp"),
         *[F.col(f"`{given[key]}`").try_cast(kind).alias(key) for key, kind in keys.items()],
-    ).persist()
+    )
+    instants = _apart(instants, views).persist()
     try:
-        joined = store.get_historical_features(entity_df=instants, features=service).to_spark_df()
+        joined = functools.reduce(
+            DataFrame.union,
+            [
+                store.get_historical_features(
+                    entity_df=instants.where(F.col(_TURN) == turn).drop(_TURN), features=service
+                ).to_spark_df()
+                for turn in sorted(row[0] for row in instants.select(_TURN).distinct().collect())
+            ],
+        )
     except (PySparkException, feast_store.feast_error(), ValueError) as error:
         raise StageError(
             f"data.features.service {settings.service}: Feast cannot join it: {' '.join(str(error).split())[:400]}"

@@ -58,13 +58,13 @@ def feast_error() -> type[Exception]:
 
 def open_named(settings: Features) -> tuple[Any, Any]:
     """The store and the service that the job names; raises `StageError` for what is not there or not on Spark."""
-    feast = _feast()
+    _feast()
     from feast.errors import FeastObjectNotFoundException
 
     path = Path(str(settings.repository))
     if not (path / "feature_store.yaml").is_file():
         raise StageError(f"data.features.repository {path}: no feature_store.yaml there")
-    store = feast.FeatureStore(repo_path=str(path))
+    store = _open(path)
     if (kind := store.config.offline_store.type) != "spark":
         raise StageError(
             f"data.features.repository {path}: its offline_store is {kind}; set `offline_store: {{type: spark}}`, the "
@@ -78,6 +78,13 @@ def open_named(settings: Features) -> tuple[Any, Any]:
             f"data.features.service {settings.service}: not in the registry of {path}; there are: {there}. Run "
             "`feast apply` there after a change"
         ) from None
+
+
+def _open(repository: Path) -> Any:
+    store = _feast().FeatureStore(repo_path=str(repository))
+    # The newest row of a key is all that serving reads; else Feast takes every row through the driver.
+    store.config.materialization_config.pull_latest_features = True
+    return store
 
 
 def views_of(store: Any, service: Any) -> list[View]:
@@ -130,8 +137,6 @@ def publish(settings: Features, repository: Path, source: Path, features: list[s
         "offline_store": {"type": "spark"},
         "online_store": online,
         "entity_key_serialization_version": 3,
-        # One row per MDP is all that serving reads; without this Feast takes every row through the driver.
-        "materialization": {"pull_latest_features": True},
     }
     (repository / "feature_store.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     mdp = feast.Entity(name="mdp_id", join_keys=["mdp_id"], value_type=ValueType.STRING)
@@ -148,7 +153,7 @@ def publish(settings: Features, repository: Path, source: Path, features: list[s
             field_mapping={STATE_PREFIX + name: field for name, field in fields.items()},
         ),
     )
-    store = feast.FeatureStore(repo_path=str(repository))
+    store = _open(repository)
     store.apply([mdp, view, feast.FeatureService(name=SERVICE, features=[view])])
     return store, store.get_feature_service(SERVICE)
 

@@ -10,6 +10,7 @@ import pyarrow.dataset as ds
 import torch
 
 from components.normalization.graph import NormalizationGraph
+from components.normalization.identify import as_seen
 from components.normalization.spec import SPECS, NormalizationSpec, label
 from contracts.stage import StageError, read_record
 
@@ -37,7 +38,7 @@ def explain(features: str | Path, normalization: str | Path, asked: str) -> dict
     data = ds.dataset(Path(features) / "training", format="parquet")
     column = prefix + name
     present = data.head(ROWS, columns=[column], filter=ds.field(column).is_valid())
-    values = present[column].to_numpy().astype(np.float32)
+    values = as_seen(present[column].to_numpy()).astype(np.float32)
     graph = NormalizationGraph(NormalizationSpec(inputs=[name], features=[feature]))
     with torch.no_grad():
         after = graph(torch.from_numpy(values)[:, None]).numpy()

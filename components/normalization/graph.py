@@ -59,6 +59,11 @@ class NormalizationGraph(nn.Module):
         self._keep(f"{type_}_stddev", torch.tensor([max(f.stddev, 1e-30) if f.stddev else 1.0 for f in members]))
         return len(members)
 
+    def _init_probability(self, type_: str, members: list[FeatureNormalization]) -> int:
+        clamps = torch.tensor([f.probability_clamp for f in members])
+        self.register_buffer("probability_clamp", clamps, persistent=False)
+        return self._init_standard(type_, members)
+
     def _init_box_cox(self, type_: str, members: list[FeatureNormalization]) -> int:
         self._keep("box_cox_lambda", torch.tensor([f.box_cox_lambda for f in members]))
         self._keep("box_cox_floor", torch.tensor([f.box_cox_floor for f in members], dtype=torch.float64))
@@ -106,7 +111,8 @@ class NormalizationGraph(nn.Module):
         return self._standardize("continuous", x)
 
     def _probability(self, x: Tensor) -> Tensor:
-        p = x.clamp(1e-5, 1 - 1e-5)
+        near = self.get_buffer("probability_clamp")
+        p = torch.minimum(torch.maximum(x, near), 1 - near)
         return self._standardize("probability", torch.log(p / (1 - p)))
 
     def _box_cox(self, x: Tensor) -> Tensor:
@@ -127,7 +133,9 @@ class NormalizationGraph(nn.Module):
         expanded = edges.unsqueeze(0).expand(x.shape[0], -1, -1)
         low = expanded.gather(2, index.unsqueeze(2)).squeeze(2)
         high = expanded.gather(2, index.unsqueeze(2) + 1).squeeze(2)
-        place = ((x - low) / (high - low).clamp(min=1e-30)).clamp(0.0, 1.0)
+        # In float32 the width of the widest bins is infinite, and that of the narrowest none.
+        width = (high.double() - low).clamp(min=1e-300)
+        place = ((x.double() - low) / width).to(x.dtype).clamp(0.0, 1.0)
         return 2 * (lower + place) / last - 1
 
     def _enum(self, x: Tensor) -> Tensor:

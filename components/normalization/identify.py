@@ -20,7 +20,6 @@ from contracts.progress import report
 from contracts.stage import StageError, read_record, stage
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
-PROBABILITY_CLAMP = 1e-5
 MOST_CLAMPED = 0.01
 MOST_ENUM_VALUES = 1000
 SAMPLE_VALUES = 20_000_000
@@ -35,8 +34,9 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
     """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
     Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
-    normality, and all rows for counts and ends. An action's feature is called `action_feature_<name>` where both kinds
-    are spoken of. Raises `StageError` when no feature of the state is left to learn from.
+    normality, and all rows for counts and ends; and once more the columns of few integers of which the sample has
+    missed some. An action's feature is called `action_feature_<name>` where both kinds are spoken of. Raises
+    `StageError` when no feature of the state is left to learn from.
     """
     record = read_record(features)
     groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
@@ -82,7 +82,7 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
 def draw(data: DataFrame, columns: list[str], rows: int, seed: int) -> tuple[dict[str, np.ndarray], bool]:
     """A sample of each column's present values, as a network will see them, and whether it is all that there is.
 
-    It is chosen by the hash of rows' keys, and so the same wherever Spark runs.
+    It is chosen by the hash of rows' keys, and put in order, and so the same wherever Spark runs.
     """
     total = data.count()
     fraction = min(1.0, min(rows, SAMPLE_VALUES // len(columns)) / max(1, total))
@@ -90,12 +90,12 @@ def draw(data: DataFrame, columns: list[str], rows: int, seed: int) -> tuple[dic
         place = F.pmod(F.xxhash64("mdp_id", "ordinal", F.lit(seed)), F.lit(HASHES))
         data = data.where(place < int(fraction * HASHES))
     table = data.select(*[F.col(f"`{c}`") for c in columns]).toArrow()
-    return {c: as_seen(table[c].drop_null().to_numpy()) for c in columns}, fraction == 1.0
+    return {c: np.sort(as_seen(table[c].drop_null().to_numpy())) for c in columns}, fraction == 1.0
 
 
 def as_seen(values: np.ndarray) -> np.ndarray:
-    """float64 of what a network's float32 holds: what differs by less is one value to it."""
-    return np.clip(values.astype(np.float64), -LARGEST, LARGEST).astype(np.float32).astype(np.float64)
+    """float64 of what a network's float32 holds: what differs by less is one value to it, as 0 and -0 are."""
+    return np.clip(values.astype(np.float64), -LARGEST, LARGEST).astype(np.float32).astype(np.float64) + 0.0
 
 
 def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
@@ -183,18 +183,19 @@ def identify(
     evidence |= {"box_cox_lambda": lam, "box_cox_k2": k2_box_cox}
     low, high = evidence["minimum"], evidence["maximum"]
     in_unit = low >= 0 and high <= 1
-    logits = stats.logistic.ppf(np.clip(values, PROBABILITY_CLAMP, 1 - PROBABILITY_CLAMP))
+    near = limits.probability_clamp
+    logits = stats.logistic.ppf(np.clip(values, near, 1 - near))
     if override:
         type_, how = override, "set by hand"
     elif in_unit and count <= 2 and set(distinct) <= {0.0, 1.0}:
         type_, how = "binary", "only 0 and 1 occur"
     elif count <= limits.max_enum_values and np.all(distinct == np.round(distinct)):
         type_, how = "enum", f"{count:g} distinct integers"
-    elif in_unit and np.ptp(logits) > 1e-3 and clamped(values) < MOST_CLAMPED:
+    elif in_unit and np.ptp(logits) > 1e-3 and clamped(values, near) < MOST_CLAMPED:
         type_, how = "probability", "all values lie in [0, 1]"
     elif k2 < limits.normality_bound:
         type_, how = "continuous", f"K^2 {k2:.4g} is under {limits.normality_bound:g}"
-    elif not 0.9 <= lam <= 1.1 and k2_box_cox * limits.box_cox_gain <= k2:
+    elif abs(lam - 1) > limits.box_cox_lambda_margin and k2_box_cox * limits.box_cox_gain <= k2:
         type_, how = "box_cox", f"Box-Cox with lambda {lam:.3g} lowers K^2 from {k2:.4g} to {k2_box_cox:.4g}"
     else:
         type_, how = "quantile", f"K^2 {k2:.4g} is not under {limits.normality_bound:g}, and Box-Cox does not help"
@@ -220,16 +221,15 @@ def identify(
             )
         parameters = {"values": distinct.tolist()}
     elif type_ == "probability":
-        parameters = {"mean": float(logits.mean()), "stddev": float(logits.std()) or 1.0}
+        parameters = {"mean": float(logits.mean()), "stddev": float(logits.std()) or 1.0, "probability_clamp": near}
     return FeatureNormalization.model_validate(
         {"name": name, "type": type_, "how": how, "evidence": evidence, **parameters}
     )
 
 
-def clamped(values: np.ndarray) -> float:
+def clamped(values: np.ndarray, near: float) -> float:
     """The share of values that a probability's clamp would make one with 0 or with 1."""
-    near = ((values > 0) & (values < PROBABILITY_CLAMP)) | ((values < 1) & (values > 1 - PROBABILITY_CLAMP))
-    return float(near.mean())
+    return float((((values > 0) & (values < near)) | ((values < 1) & (values > 1 - near))).mean())
 
 
 def normality(values: np.ndarray) -> float:

@@ -30,6 +30,7 @@ class FeatureNormalization(BaseModel):
     box_cox_shift: float = 0.0
     box_cox_floor: float = 1e-12
     """The least value that is transformed, after the shift: in the feature's own unit."""
+    probability_clamp: float = 1e-5
     quantiles: list[float] = []
     values: list[float] = []
     how: str

@@ -98,6 +98,7 @@ USERS = [
     ("same", 0, 2.0),
     ("early", -59, 3.0),
     ("old", -61, 4.0),
+    ("edge", -60, 7.0),
     ("two", -20, 5.0),
     ("two", -10, 6.0),
 ]
@@ -165,7 +166,7 @@ def named(path: Path, **changes: Any) -> JobSpec:
     return JobSpec.model_validate({"actions": ["a", "b"], "data": {"features": settings}})
 
 
-DECISIONS = [row(mdp, 0, action="a", shop="7") for mdp in ("late", "same", "early", "old", "two", "unknown")]
+DECISIONS = [row(mdp, 0, action="a", shop="7") for mdp in ("late", "same", "early", "old", "edge", "two", "unknown")]
 
 
 class TestStatesOfANamedService:
@@ -179,7 +180,8 @@ class TestStatesOfANamedService:
     def test_a_later_value_is_never_used_one_of_the_same_instant_is_and_an_old_one_is_missing(self, output):
         found = {r["mdp_id"]: r["state_age"] for r in joined(output) if r["ordinal"] == 1}
         assert found == {
-            "late": None, "same": 2.0, "early": 3.0, "old": None, "two": 6.0, "unknown": None, "nowhere": None,
+            "late": None, "same": 2.0, "early": 3.0, "old": None, "edge": 7.0, "two": 6.0, "unknown": None,
+            "nowhere": None,
         }  # fmt: skip
 
     def test_other_keys_of_the_log_join_too(self, output):
@@ -194,8 +196,33 @@ class TestStatesOfANamedService:
 
     def test_no_row_is_lost_and_mdps_stay_in_order(self, output):
         found = joined(output)
-        assert len(found) == 8
+        assert len(found) == 9
         assert [r["ordinal"] for r in found if r["mdp_id"] == "two"] == [1, 2]
+
+
+def test_keys_that_read_alike_one_after_another_are_not_mixed_up(tmp_path):
+    """(1, 23) and (12, 3) at one instant, and a third pair that no view knows."""
+    from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, types
+    from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
+    from feast.value_type import ValueType
+
+    path = tmp_path / "repository"
+    repository(path)
+    stamp = pa.array([NOON - timedelta(seconds=s) for s in (20, 10)], pa.timestamp("us", "UTC"))
+    visits = {"mdp_id": ["1", "12"], "shop": [23, 3], "stamp": stamp, "visits": [4.0, 5.0]}
+    pq.write_table(pa.table(visits), path / "visits.parquet")
+    user = Entity(name="user", join_keys=["mdp_id"], value_type=ValueType.STRING)
+    shop = Entity(name="shop", join_keys=["shop"], value_type=ValueType.INT64)
+    source = SparkSource(
+        name="visits", path=str(path / "visits.parquet"), file_format="parquet", timestamp_field="stamp"
+    )
+    fields = [Field(name="visits", dtype=types.Float64)]
+    view = FeatureView(name="visits", entities=[user, shop], ttl=timedelta(days=1), schema=fields, source=source)
+    FeatureStore(repo_path=str(path)).apply([user, shop, view, FeatureService(name="visited", features=[view])])
+    rows = [row(mdp, 0, action="a", shop=shop) for mdp, shop in (("1", "23"), ("12", "3"), ("123", "9"))]
+    spec = named(path, service="visited", actionKey=None)
+    join_features(spec, timeline(tmp_path / "timeline", rows), tmp_path / "out")
+    assert {r["mdp_id"]: r["state_visits"] for r in joined(tmp_path / "out")} == {"1": 4.0, "12": 5.0, "123": None}
 
 
 def test_numbers_that_describe_an_action_become_its_features(tmp_path):

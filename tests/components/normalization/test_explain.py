@@ -44,6 +44,15 @@ def test_a_feature_is_told_with_its_evidence_and_its_values_before_and_after(sta
     assert abs(centre) < 0.3
 
 
+def test_values_beyond_a_network_s_floats_are_drawn_at_the_ends(stages: Path, tmp_path: Path) -> None:
+    table = pa.table({"state_speed": [1.0, 2.0, 1e39, -1e39], "state_rank": [0.0, 1.0, 0.0, 1.0]})
+    with stage("features", tmp_path / "features") as (directory, _):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+    found = explain(tmp_path / "features", stages / "normalization", "speed")
+    assert (sum(found["before"]["counts"]), found["before"]["edges"][-1]) == (4, pytest.approx(3e38))
+
+
 def test_an_enum_is_told_by_its_values_negative_ones_too(stages: Path) -> None:
     found = explain(stages / "features", stages / "normalization", "rank")
     assert found["type"] == "enum"

@@ -108,6 +108,38 @@ def test_quantile_outside_its_range_is_at_its_ends() -> None:
     np.testing.assert_array_equal(normalize(QUANTILE, [-5, -1e30, -INF, 11, 1e30, INF]), [-1, -1, -1, 1, 1, 1])
 
 
+def test_quantiles_as_far_apart_as_floats_are_and_as_near_stay_in_order() -> None:
+    wide, narrow = (feature("q", "quantile", quantiles=q) for q in ([-3e38, 3e38], [0.0, 1e-38, 2e-38]))
+    assert normalize(wide, [-3e38, 0.0, 3e38, INF]) == pytest.approx([-1.0, 0.0, 1.0, 1.0])
+    assert normalize(narrow, [0.0, 5e-39, 1e-38, 2e-38]) == pytest.approx([-1.0, -0.5, 0.0, 1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("one", [f for f in ALL if f.type not in ("binary", "enum")], ids=lambda f: f.name)
+def test_zero_has_no_sign_and_a_denormal_is_as_good_as_it(one: FeatureNormalization) -> None:
+    zero, negative, *denormal = normalize(one, [0.0, -0.0, 1e-45, -1e-45])
+    assert zero == negative
+    assert denormal == pytest.approx([zero, zero], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("one", "highest"),
+    [
+        (BOX_COX, (math.expm1(0.5 * math.log(3e38 + 2)) / 0.5 - 1) / 2),
+        (LOG, (math.log(3e38) - 1) / 2),
+        (INVERSE, (0.5 - 0.2) / 0.1),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_box_cox_of_infinity_is_that_of_the_largest_number(one: FeatureNormalization, highest: float) -> None:
+    assert normalize(one, [3e38, INF]) == pytest.approx(np.repeat(clamped([highest]), 2), rel=1e-5)
+
+
+def test_a_probability_is_clamped_where_its_spec_says() -> None:
+    found = normalize(PROBABILITY.model_copy(update={"probability_clamp": 0.1}), [0.0, 0.1, 0.5, 1.0])
+    logits = np.log([0.1 / 0.9, 0.1 / 0.9, 1.0, 0.9 / 0.1])
+    assert found == pytest.approx((logits + 1) / 2, rel=1e-5)
+
+
 def test_lists_of_quantiles_of_different_length_do_not_mix() -> None:
     graph = graph_of(QUANTILE, COARSE)
     found = graph(torch.tensor([[5.5, 0.5], [1.0, 2.0], [-9.0, 1e30]])).numpy()

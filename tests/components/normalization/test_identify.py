@@ -124,13 +124,18 @@ class TestASample:
             table = pa.table(keys | {f"state_{name}": values.astype(float) for name, values in columns.items()})
             pq.write_table(table, directory / "training" / "part.parquet")
             facts["features"] = list(columns)
+        with stage("features", root / "split") as (directory, facts):
+            (directory / "training").mkdir()
+            for i, part in enumerate((table.slice(4000), table.slice(0, 300), table.slice(300, 3700))):
+                pq.write_table(part, directory / "training" / f"{i}.parquet")
+            facts["features"] = list(columns)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPARK_MASTER", "local[2]")
             identify_features(job(sampleRows=1000), root / "features", root / "out")
             text = (root / "out" / "spec.json").read_text()
             patch.setenv("SPARK_MASTER", "local[1]")
-            identify_features(job(sampleRows=1000), root / "features", root / "again")
-        assert (root / "again" / "spec.json").read_text() == text, "the same wherever Spark runs"
+            identify_features(job(sampleRows=1000), root / "split", root / "again")
+        assert (root / "again" / "spec.json").read_text() == text, "the same wherever Spark and the rows are"
         return NormalizationSpec.model_validate_json(text)
 
     def test_is_not_taken_for_all_there_is(self, spec: NormalizationSpec) -> None:
@@ -153,6 +158,13 @@ def test_values_that_a_network_cannot_tell_apart_are_one() -> None:
     rows = normalized(feature, np.array([20240131.0, 20240201.0, 5.0]))
     assert (rows.sum(1) == 1).all()
     assert (rows >= 0).all()
+
+
+def test_box_cox_must_do_more_than_the_job_s_margin() -> None:
+    values = rng().lognormal(0, 1, N)
+    evidence: dict[str, float] = {}
+    assert identify("x", values, evidence, Normalization()).type == "box_cox"
+    assert identify("x", values, evidence, Normalization(boxCoxLambdaMargin=1.5)).type == "quantile"
 
 
 def test_tiny_shares_are_no_probabilities() -> None:
