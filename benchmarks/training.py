@@ -4,11 +4,12 @@
     python benchmarks/training.py --features 4 300 --batch 256 1024 4096 --repeats 20
     python benchmarks/training.py --against d3rlpy tianshou torchrl --python .venv-bench/bin/python
 
-All have two hidden layers of 256 and Adam on the same rows. Ours samples its batches by a permutation, from memory or
-from files that are mapped; the step by hand, the shortest eager one in float32, has them ready. They take short turns,
-and many: what else the machine does then falls on all alike. Printed are the median of transitions a second, the ratio
-to the step by hand of the same turn (median and quartiles), and the share of the float32 peak that a multiplication of
-large matrices reaches here.
+All have two hidden layers of 256 and Adam on the same rows. Ours is what a training worker does: it samples its batches
+by a permutation, from memory or from files that are mapped, looks at its figures and writes them to a file and to
+TensorBoard now and then, and keeps a checkpoint after each thousand steps; the step by hand, the shortest eager one in
+float32, has its batches ready. They take short turns, and many: what else the machine does then falls on all alike.
+Printed are the median of transitions a second, the ratio to the step by hand of the same turn (median and quartiles),
+and the share of the float32 peak that a multiplication of large matrices reaches here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import statistics
 import subprocess
 import tempfile
@@ -27,18 +29,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
 from components.training.batches import Shuffled
+from components.training.checkpoint import save_checkpoint
+from components.training.figures import Figures
 from components.training.store import Store
 from components.training.trainer import Trainer
+from components.training.worker import PROBE, check_converges, learn
 from contracts.job import DQN, Algorithm
 
-ROWS, HIDDEN, SECONDS, LOOK_EVERY = 100_000, 256, 0.5, 50
+ROWS, HIDDEN, SECONDS, EPOCH = 100_000, 256, 0.5, 1_000
 WAYS = {
     precision + (", compiled" if compiled else ""): (precision, compiled)
     for precision, compiled in itertools.product(("float32", "bfloat16"), (False, True))
@@ -78,22 +83,25 @@ def normalization(features: int) -> NormalizationSpec:
     return NormalizationSpec(inputs=[column.name for column in columns], features=columns)
 
 
-def ours(data: Store, features: int, batch: int, precision: str, compiled: bool) -> Step:
-    """Sampling, the step, and a loss that is read now and then, as a training worker does."""
-    algorithm = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False))
+def ours(data: Store, features: int, batch: int, precision: str, compiled: bool, directory: Path) -> Step:
+    """A training worker's loop, a step at a time."""
+    algorithm, actions = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False)), Actions(["first", "second"])
     torch.manual_seed(0)
-    network = build_network(algorithm, normalization(features), Actions(["first", "second"]))
+    network = build_network(algorithm, normalization(features), actions)
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
     trainer = Trainer(learner, algorithm.learning_rate, compiled)
-    batches = data.batches(Shuffled(data.usable, batch, 0), 0, 1 << 40)
-    losses: list[Tensor] = []
+    probe = torch.arange(PROBE)
+    directory.mkdir()
+    figures = Figures(directory, learner, data.batch(probe), torch.zeros(PROBE), actions)
+    endless = 1 << 40
+    batches = data.batches(Shuffled(data.usable, batch, 0), 0, endless)
+    check = functools.partial(check_converges, most=math.inf, advice="")
+    steps = learn(trainer, batches, 0, endless, EPOCH, figures, check)
 
     def step() -> None:
-        losses.append(trainer.step(next(batches))[0])
-        if len(losses) == LOOK_EVERY:
-            torch.stack(losses).mean().item()
-            losses.clear()
+        if (done := next(steps)) % EPOCH == 0:
+            save_checkpoint(trainer, done // EPOCH, directory / "checkpoints")
 
     return step
 
@@ -196,8 +204,9 @@ def main() -> None:
             write_data(features, directory := Path(name))
             data = store(directory)
             steps = {"by hand": by_hand(data, features, batch)}
-            steps |= {way: ours(data, features, batch, *how) for way, how in WAYS.items()}
-            steps["on disk"] = ours(on_disk(data, features, directory), features, batch, "float32", False)
+            steps |= {way: ours(data, features, batch, *how, directory / way) for way, how in WAYS.items()}
+            mapped = on_disk(data, features, directory)
+            steps["on disk"] = ours(mapped, features, batch, "float32", False, directory / "on disk")
             measures = {name: functools.partial(rate, step, batch) for name, step in steps.items()} | {
                 library: stack.enter_context(other(library, arguments.python, directory, batch))
                 for library in arguments.against

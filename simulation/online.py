@@ -259,8 +259,8 @@ def learn_online(
     played = make(environment, settings.copies)
     actions = actions_of(played)
     check_fits(algorithm, actions, environment)
-    warm_up = min(settings.warm_up, settings.decisions // 2)
-    rows = warm_up // settings.copies
+    settings = replace(settings, warm_up=min(settings.warm_up, settings.decisions // 2))
+    rows = settings.warm_up // settings.copies
     steps = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     if rows <= 2 * steps:
         raise JobError(
@@ -285,7 +285,7 @@ def learn_online(
     done, owed, last_look, best = 0, 0.0, 0, -np.inf
     weights: dict[str, Tensor] = {}
     while done < settings.decisions:
-        if learned is None and done >= warm_up:
+        if learned is None and done >= settings.warm_up:
             seen = replay.state[: replay.size].flatten(0, 1).numpy()
             spec = normalization_of(played, seen)
             network = build_network(algorithm, spec, actions)

@@ -30,6 +30,7 @@ class Bundle:
     network: Normalized  # as `build_network` describes it
     normalization: NormalizationSpec
     actions: Actions
+    algorithm: Algorithm
     head: PolicyHead
     provenance: dict[str, Any]
     digest: str
@@ -108,6 +109,7 @@ def read_bundle(directory: str | Path) -> Bundle:
         network.eval(),
         normalization,
         actions,
+        algorithm,
         PolicyHead.model_validate(description["head"]),
         description["provenance"],
         description["digest"],

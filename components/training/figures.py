@@ -25,9 +25,12 @@ class Figures:
     takes each action, or what it sets each number of an action to on average.
     """
 
-    def __init__(self, directory: Path, learner: Learner, probe: Batch, returns: Tensor, actions: Actions) -> None:
+    def __init__(
+        self, directory: Path, learner: Learner, probe: Batch, returns: Tensor, actions: Actions, first: int = 1
+    ) -> None:
+        """`first` is the step that training goes on with: what the board holds of it and later ones is forgotten."""
         self.learner, self.probe, self.returns, self.actions = learner, probe, returns, actions
-        self.board = SummaryWriter(directory / "tensorboard")
+        self.board = SummaryWriter(directory / "tensorboard", purge_step=first)
         self.losses = (directory / LOSSES).open("a", buffering=1)
 
     def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, seen: dict[str, float]) -> None:

@@ -18,17 +18,20 @@ from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppState, Resource, VolumeMount
 
-from components.columns import write_columns
+from components.columns import open_columns, write_columns
 from components.training.bundle import DESCRIPTION
+from components.training.worker import check_fits, rewards_to_learn_from
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
 from contracts.stage import StageError, read_record, stage
 
 ROLE = "worker"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
-ELASTIC = {"PET_MAX_RESTARTS": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""An agent that outlives another pod starts its worker again in place. Not with the store that agents share, though: of
-that one a replacement never learns (torch 2.13 makes it known in the first round only)."""
+RESTARTS = {"PET_MAX_RESTARTS": "3"}
+"""Workers go on without one that is lost, and with another in its place, from the last checkpoint."""
+ELASTIC = RESTARTS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""An agent that outlives another pod does so in place. Not with the store that agents share, though: of that one a
+replacement never learns (torch 2.13 makes it known in the first round only)."""
 
 
 def train(
@@ -58,12 +61,15 @@ def train(
         _laid_out(features, spec, directory / "columns") as columns,
     ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
+        data, _ = open_columns(columns)
+        check_fits(data, spec, rewards_to_learn_from(data, spec))
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
-            env={"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            env=RESTARTS
+            | {"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )  # fmt: skip
         where = f"the workers' logs are in {directory / 'logs'}"
         if scheduler == "local_cwd":

@@ -15,6 +15,7 @@ from components.normalization.spec import NormalizationSpec
 from components.training.actions import Actions
 from components.training.bundle import OPTIMIZER, Bundle, read_bundle
 from components.training.network import Normalized, QNetwork
+from contracts.job import C51, Algorithm, BehaviourCloning
 from contracts.stage import StageError
 
 
@@ -24,15 +25,18 @@ def start_from(
     optimizer: torch.optim.Optimizer,
     normalization: NormalizationSpec,
     actions: Actions,
+    algorithm: Algorithm,
 ) -> str | None:
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
     Features, and values of an enum, that are new since then begin without a weight, so that the policy is the same at
-    first. Returns None, said aloud, where the bundle does not fit: actions or layers are others, or a feature is gone
-    or of another type.
+    first, but for features' scales, which follow the log. Returns None, said aloud, where the bundle does not fit:
+    algorithm, actions or layers are others, or a feature is gone or of another type.
     """
     try:
         bundle = read_bundle(directory)
+        if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
+            raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
         taken = _places(bundle, network, normalization, actions, directory)
         theirs = dict(bundle.network.named_parameters())
         moments = _read_moments(Path(directory) / OPTIMIZER)
@@ -47,6 +51,14 @@ def start_from(
     more = f", {added} of its inputs new" if added else ""
     print(f"warm start from policy {bundle.digest}{more}", file=sys.stderr, flush=True)
     return bundle.digest
+
+
+def _meaning(algorithm: Algorithm) -> str:
+    """What a network's outputs are, where their shapes do not tell."""
+    config = algorithm.config
+    if isinstance(config, C51):
+        return f"values from {config.lowest_return:g} to {config.highest_return:g}"
+    return "log-probabilities" if isinstance(config, BehaviourCloning) else "values"
 
 
 def _places(

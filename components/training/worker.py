@@ -3,12 +3,13 @@
 import argparse
 import functools
 import hashlib
+import itertools
 import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from components.training import shared
 from components.training.actions import Actions
 from components.training.algorithms.actor_critic import TD3Learner
 from components.training.algorithms.build import build_learner, build_network
+from components.training.algorithms.learner import Batch
 from components.training.batches import Shuffled
 from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
@@ -47,14 +49,17 @@ from contracts.job import (
 from contracts.stage import StageError, code_version
 from contracts.transitions import ACTION_PREFIX
 
-LOG_EVERY = 50
-CHECKPOINTS = "checkpoints"
+LOOK_STEPS, LOOK_ROWS = 50, 102_400
+"""At the fewest between two looks at how it goes: each costs about as much as learning from five hundred rows."""
+CHECKPOINTS, REFUSED = "checkpoints", "refused.txt"
 CPU = torch.device("cpu")
 LOOKING_AHEAD = QLearning | ActorCritic | SlateQ
 """What needs to know what followed a decision."""
-PROBE, PROBE_PAIRS = 4096, 50_000
+PROBE, PROBE_PAIRS = 1024, 50_000
 RUNAWAY = 3.0
 """Times what rewards can sum to: a value beyond it feeds on itself."""
+RISING, RISEN = 10, 1000.0
+"""Where nothing says what rewards can sum to: looks at each of which the loss was larger, and how many times in all."""
 
 
 def rewards_to_learn_from(data: Transitions, spec: JobSpec) -> np.ndarray:
@@ -140,17 +145,22 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
     return Actions(data.actions, bounds)
 
 
-def check_converges(score: float, loss: float, most: float, step: int, advice: str) -> None:
+def check_converges(score: float, losses: list[float], most: float, step: int, advice: str) -> None:
     """Raise `StageError` when values have left all that the log's rewards could sum to, which `most` is.
 
-    A network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything.
+    A network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything. Where
+    `most` is not known, the loss of each look tells, the last of `losses` being this one's: it may rise, but not
+    without end.
     """
-    if math.isfinite(loss) and abs(score) <= RUNAWAY * max(most, 1.0):
+    loss, last = losses[-1], losses[-RISING - 1 :]
+    rises = len(last) > RISING and all(a < b for a, b in itertools.pairwise(last)) and loss > RISEN * max(last[0], 1e-3)
+    if math.isfinite(loss) and abs(score) <= RUNAWAY * max(most, 1.0) and not (rises and math.isinf(most)):
         return
+    known = f", while the log's rewards can sum to {most:.3g} at most" if math.isfinite(most) else ""
     raise StageError(
         f"training diverges: at step {step:,} the mean value of the logged actions is {score:.3g} and the loss "
-        f"{loss:.3g}, while the log's rewards can sum to {most:.3g} at most. Values feed on themselves where the log "
-        f"has few of the actions that they make look best: lower learningRate or targetUpdateRate, {advice}"
+        f"{loss:.3g}{known}. Values feed on themselves where the log has few of the actions that they make look best: "
+        f"lower learningRate or targetUpdateRate, {advice}"
     )
 
 
@@ -183,19 +193,22 @@ def main() -> None:
     parser.add_argument("--warm-start", default="", help="directory of the policy bundle to begin with")
     arguments = parser.parse_args()
     spec = JobSpec.model_validate_json(Path(arguments.job).read_text())
+    output = Path(arguments.output)
+    refused = output / REFUSED
+    # A worker that is lost is started again, and so is one that has refused: it would refuse again.
+    if refused.exists():
+        raise StageError(refused.read_text())
     device = device_of_worker() if spec.training.resources.gpus else CPU
     # NCCL wants a GPU for each worker.
     own = device.type == "cuda" and local_workers() <= torch.cuda.device_count()
     dist.init_process_group("nccl" if own else "gloo")
     # Not ended where a worker fails: the others' part in that would be waited for.
-    run_worker(
-        spec,
-        Path(arguments.columns),
-        Path(arguments.normalization),
-        Path(arguments.output),
-        arguments.warm_start,
-        device,
-    )
+    places = (Path(arguments.columns), Path(arguments.normalization), output)
+    try:
+        run_worker(spec, *places, arguments.warm_start, device)
+    except StageError as error:
+        refused.write_text(str(error))
+        raise
     dist.destroy_process_group()
 
 
@@ -258,12 +271,12 @@ def run_worker(
     trainer = Trainer(learner, algorithm.learning_rate, spec.training.compile)
     started_from = None
     if warm_start and trainer.optimizer:
-        started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions)
+        started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions, algorithm)
         learner.catch_up()
     elif warm_start:
         print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
     finished = load_checkpoint(trainer, output / CHECKPOINTS)
-    check_alike(trainer, finished)
+    check_alike(trainer, finished, device)
     per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
     steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
@@ -271,7 +284,7 @@ def run_worker(
     part = shuffled.share / spec.training.batch_size
     if spec.training.compile and workers > 1:
         trainer.average = functools.partial(average_gradients, part)
-    elif trainer.optimizer and not spec.training.compile:
+    elif trainer.optimizer and workers > 1:
         # An actor that moves every few steps has no gradient in the others.
         delayed = isinstance(learner, TD3Learner)
         distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
@@ -296,21 +309,14 @@ def run_worker(
     )
     with torch.no_grad():
         probed = store.batch(probe)
-    figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions) if rank == 0 else None
-    recent: list[torch.Tensor] = []
-    for step, batch in enumerate(store.batches(shuffled, finished * per_epoch, steps), finished * per_epoch + 1):
-        loss, scores = trainer.step(batch)
-        recent.append(loss)
-        if step % LOG_EVERY and step % per_epoch:
-            continue
-        epoch, ends_epoch = (step - 1) // per_epoch + 1, step % per_epoch == 0
-        if figures:
-            means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
-            seen = {name: mean.item() for name, mean in means.items()}
-            check_converges(seen["q_mean"], seen["td_loss"], most, step, advice)
-            figures.write(step, steps, epoch, ends_epoch, seen)
-        recent.clear()
-        if ends_epoch and rank == 0:
+    done = finished * per_epoch
+    figures = None
+    if rank == 0:
+        figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions, first=done + 1)
+    check = functools.partial(check_converges, most=most, advice=advice)
+    for step in learn(trainer, store.batches(shuffled, done, steps), done, steps, per_epoch, figures, check):
+        if step % per_epoch == 0 and rank == 0:
+            epoch = step // per_epoch
             learner.settle()
             last = epoch == spec.training.epochs
             for directory in [output / "epochs" / f"{epoch:03d}"] + ([output / "policy"] if last else []):
@@ -321,6 +327,37 @@ def run_worker(
             save_checkpoint(trainer, epoch, output / CHECKPOINTS)
     if figures:
         figures.close()
+
+
+def learn(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    done: int,
+    steps: int,
+    per_epoch: int,
+    figures: Figures | None,
+    check: Callable[..., None],
+) -> Iterator[int]:
+    """Take a step with each batch, and look at the figures now and then; yields each step's number, after `done`.
+
+    `check` is told of each look, as `check_converges` is.
+    """
+    recent: list[Tensor] = []
+    losses: list[float] = []
+    every = 0
+    for step, batch in enumerate(batches, done + 1):
+        loss, scores = trainer.step(batch)
+        recent.append(loss)
+        every = every or max(LOOK_STEPS, LOOK_ROWS // len(batch.reward))
+        if step % every == 0 or step % per_epoch == 0:
+            if figures:
+                means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
+                seen = {name: mean.item() for name, mean in means.items()}
+                losses.append(seen["td_loss"])
+                check(seen["q_mean"], losses, step=step)
+                figures.write(step, steps, (step - 1) // per_epoch + 1, step % per_epoch == 0, seen)
+            recent.clear()
+        yield step
 
 
 def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
@@ -341,20 +378,20 @@ def _most(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> float:
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 
-def check_alike(trainer: Trainer, finished: int) -> None:
+def check_alike(trainer: Trainer, finished: int, device: torch.device) -> None:
     """Raise `StageError` when workers begin with different weights or epochs: one has read what another has not.
 
     None goes on, and saves, before all have read.
     """
     # In the order of names: a file that is read gives its tensors in any.
     values = (value.cpu().numpy().tobytes() for _, value in sorted(trainer.state().items()))
-    digest = hashlib.sha256(b"".join(values)).hexdigest()
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (finished, digest))
-    if len(set(found)) > 1:
+    mine = torch.tensor([finished, *hashlib.sha256(b"".join(values)).digest()], device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    if any(not torch.equal(one, mine) for one in found):
         raise StageError(
-            f"workers begin after epochs {', '.join(str(epoch) for epoch, _ in found)} with different weights: they do "
-            "not see the same files; the volume must be shared and consistent"
+            f"workers begin after epochs {', '.join(str(int(one[0])) for one in found)} with different weights: they "
+            "do not see the same files; the volume must be shared and consistent"
         )
 
 

@@ -459,7 +459,8 @@ def test_slates_are_learned_on_from_the_day_before(row_of_two: Path) -> None:
     normalization = NormalizationSpec.read(row_of_two / "normalization" / "spec.json")
     actions = find_actions(load_transitions(row_of_two / "features", spec), spec, row_of_two / "normalization")
     network = build_network(spec.algorithm, normalization, actions)
-    assert start_from(str(before), network, torch.optim.Adam(network.parameters()), normalization, actions)
+    optimizer = torch.optim.Adam(network.parameters())
+    assert start_from(str(before), network, optimizer, normalization, actions, spec.algorithm)
     theirs = load_file(before / "weights.safetensors")
     assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
 

@@ -4,17 +4,26 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torchx.specs import AppState
 
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training import launch
+from components.training.figures import LOSSES
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
+from components.training.worker import CHECKPOINTS
 from contracts.job import JobSpec
-from contracts.stage import StageError
+from contracts.stage import StageError, read_record, stage
 
 SPEC = JobSpec.model_validate(
     {
@@ -94,6 +103,34 @@ def test_who_mounts_claims_whole_finds_the_artifacts(path: str, there: str) -> N
     assert at_volume_root(Path(path)) == there
 
 
+def small_log(
+    root: Path, actions: tuple[str, str] = ("left", "right"), workers: int = 1, epochs: int = 1
+) -> tuple[JobSpec, tuple[Path, Path]]:
+    """A job, and the features and normalization stages of a log of 200 walks of two steps."""
+    n, rng = 400, np.random.default_rng(0)
+    reward = pa.array([[("reward", float(x))] for x in rng.normal(size=n)], pa.map_(pa.string(), pa.float64()))
+    table = pa.table(
+        {
+            "mdp_id": [f"mdp-{row // 2:03}" for row in range(n)], "ordinal": [row % 2 + 1 for row in range(n)],
+            "action": [actions[i] for i in rng.integers(2, size=n)], "action_probability": np.full(n, 0.5),
+            "possible_actions": pa.nulls(n, pa.list_(pa.string())), "metrics": reward, "returns": reward,
+            "time_diff": np.ones(n), "terminal": [row % 2 == 1 for row in range(n)], "truncated": np.zeros(n, bool),
+            "state_x": rng.normal(size=n),
+        }
+    )  # fmt: skip
+    with stage("features", root / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts["features"] = ["x"]
+    with stage("normalization", root / "normalization") as (directory, _):
+        x = FeatureNormalization(name="x", type="continuous", how="by hand", evidence={})
+        NormalizationSpec(inputs=["x"], features=[x]).write(directory / "spec.json")
+    training = {"workers": {"min": 1, "max": workers}, "batchSize": 32, "epochs": epochs, "stepsPerEpoch": 100}
+    algorithm = {"dqn": {"hiddenLayers": [16]}}
+    job = {"actions": ["left", "right"], "algorithm": algorithm, "training": training}
+    return JobSpec.model_validate(job), (root / "features", root / "normalization")
+
+
 class FakeRunner:
     """One app, whose replica 0 says some lines, and which ends in some state."""
 
@@ -130,6 +167,41 @@ def test_workers_that_cannot_be_followed_are_ended() -> None:
     with pytest.raises(ConnectionError):
         _follow(runner, "app", "")
     assert runner.cancelled
+
+
+def test_a_worker_that_is_killed_is_replaced_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers under a real torchrun, one of which dies in mid-training."""
+    spec, stages = small_log(tmp_path, workers=2, epochs=20)
+    monkeypatch.delenv("BLUEWHALE_VOLUMES")
+    output = tmp_path / "training"
+
+    def kill_one() -> None:
+        while not list((output / CHECKPOINTS).glob("[0-9]*")):
+            time.sleep(0.01)
+        found = [p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]
+        workers = [p for p in found if "torch.distributed.run" not in " ".join(p.info["cmdline"]) and not p.children()]
+        killed.append(workers[-1].pid)
+        workers[-1].kill()
+
+    killed: list[int] = []
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    launch.train(spec, *stages, output)
+    thread.join()
+    assert len(killed) == 1
+    record = read_record(output)
+    assert (record["epochs"], record["workers"]) == (20, 2)
+    steps = [json.loads(line)["step"] for line in (output / LOSSES).read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_log_that_cannot_be_learned_from_is_refused_before_workers_begin(tmp_path: Path) -> None:
+    spec, stages = small_log(tmp_path, actions=("left", "left"))
+    with pytest.raises(StageError, match="the log takes only 'left' of left, right"):
+        launch.train(spec, *stages, tmp_path / "training")
+    assert not (tmp_path / "training" / "logs").exists()
 
 
 def test_laid_out_data_are_gone_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,14 @@ def begun(algorithm: dict[str, Any], normalization: NormalizationSpec, seed: int
     return network, Trainer(build_learner(made, network), 0.01)
 
 
+def start(
+    bundle: Path, network: Normalized, trainer: Trainer, normalization: NormalizationSpec, algorithm: dict[str, Any],
+    actions: Actions = ACTIONS,
+) -> str | None:  # fmt: skip
+    made = Algorithm.model_validate(algorithm)
+    return start_from(str(bundle), network, trainer.optimizer, normalization, actions, made)
+
+
 def learn(trainer: Trainer, network: Normalized, rows: torch.Tensor) -> None:
     state, n = network.normalization(rows), len(rows)
     action, ones = torch.arange(n) % 2, torch.ones(n)
@@ -65,7 +73,7 @@ def bundle(tmp_path: Path, algorithm: dict[str, Any]) -> Path:
 
 def test_begins_with_the_policys_weights_and_says_whose(bundle: Path, algorithm: dict[str, Any]) -> None:
     network, trainer = begun(algorithm, BEFORE)
-    digest = start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS)
+    digest = start(bundle, network, trainer, BEFORE, algorithm)
     assert digest == json.loads((bundle / "bundle.json").read_text())["digest"]
     theirs = load_file(bundle / "weights.safetensors")
     assert all(torch.equal(weights, theirs[name]) for name, weights in network.named_parameters())
@@ -73,7 +81,7 @@ def test_begins_with_the_policys_weights_and_says_whose(bundle: Path, algorithm:
 
 def test_goes_on_with_what_the_optimizer_knew(bundle: Path, algorithm: dict[str, Any]) -> None:
     network, trainer = begun(algorithm, BEFORE)
-    start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS)
+    start(bundle, network, trainer, BEFORE, algorithm)
     known = load_file(bundle / "optimizer.safetensors")
     for i, (name, _) in enumerate(network.named_parameters()):
         for moment, value in trainer.optimizer.state_dict()["state"][i].items():
@@ -88,7 +96,7 @@ def test_new_features_and_values_change_nothing_at_first_and_are_learned(
     more = feature("place", "enum", values=[0.0, 1.0, 2.0])
     now = spec(feature("age", mean=40.0), more, X, presence=("x",))
     network, trainer = begun(algorithm, now)
-    assert start_from(str(bundle), network, trainer.optimizer, now, ACTIONS)
+    assert start(bundle, network, trainer, now, algorithm)
     # age, one value of place, the presence of x
     assert "3 of its inputs new" in capsys.readouterr().err
     then = read_bundle(bundle).network
@@ -121,14 +129,41 @@ def test_with_a_policy_that_does_not_fit_begins_anew_and_says_why(
     name, settings = next(iter(algorithm.items()))
     network, trainer = begun({name: settings | {"hiddenLayers": layers}}, now)
     before = [weights.clone() for weights in network.parameters()]
-    assert start_from(str(bundle), network, trainer.optimizer, now, actions) is None
+    assert start(bundle, network, trainer, now, algorithm, actions) is None
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
     assert said in capsys.readouterr().err
 
 
 def test_with_another_algorithms_policy_begins_anew(tmp_path: Path, bundle: Path) -> None:
-    network, trainer = begun({"qrDqn": {"hiddenLayers": [8]}}, BEFORE)
-    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS) is None
+    other = {"qrDqn": {"hiddenLayers": [8]}}
+    network, trainer = begun(other, BEFORE)
+    assert start(bundle, network, trainer, BEFORE, other) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (
+            {"behaviourCloning": {"hiddenLayers": [8]}},
+            {"dqn": {"hiddenLayers": [8], "dueling": False}},
+            "its scores are log-probabilities, and this job's are values",
+        ),
+        (
+            {"c51": {"hiddenLayers": [8], "lowestReturn": 0, "highestReturn": 100}},
+            {"c51": {"hiddenLayers": [8], "lowestReturn": 0, "highestReturn": 200}},
+            "its scores are values from 0 to 100, and this job's are values from 0 to 200",
+        ),
+    ],
+    ids=["cloning", "atoms"],
+)
+def test_weights_of_the_same_shapes_that_say_something_else_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    network, _ = begun(before, BEFORE)
+    made = Algorithm.model_validate(before)
+    write_bundle(tmp_path / "bundle", network, made, BEFORE, ACTIONS, PolicyHead(), {})
+    assert start(tmp_path / "bundle", *begun(now, BEFORE), BEFORE, now) is None
+    assert said in capsys.readouterr().err
 
 
 def test_with_an_optimizer_state_that_is_torn_begins_anew(
@@ -137,11 +172,11 @@ def test_with_an_optimizer_state_that_is_torn_begins_anew(
     (bundle / "optimizer.safetensors").write_bytes(b"torn")
     network, trainer = begun(algorithm, BEFORE)
     before = [weights.clone() for weights in network.parameters()]
-    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, ACTIONS) is None
+    assert start(bundle, network, trainer, BEFORE, algorithm) is None
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
     assert "optimizer.safetensors: cannot be read" in capsys.readouterr().err
 
 
 def test_with_a_policy_that_is_gone_begins_anew(tmp_path: Path) -> None:
     network, trainer = begun(DQN, BEFORE)
-    assert start_from(str(tmp_path / "gone"), network, trainer.optimizer, BEFORE, ACTIONS) is None
+    assert start(tmp_path / "gone", network, trainer, BEFORE, DQN) is None

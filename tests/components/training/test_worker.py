@@ -228,6 +228,19 @@ def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
 
 
+def test_two_killed_workers_successors_end_where_they_would_have_ended(stages: Path, tmp_path: Path) -> None:
+    whole = trained(stages, tmp_path / "whole", workers=2)
+    victims = started(stages, tmp_path / "killed", workers=2)
+    while not list((tmp_path / "killed" / CHECKPOINTS).glob("[0-9]*")) and victims[0].poll() is None:
+        time.sleep(0.001)
+    for victim in victims:
+        victim.kill()
+    assert [victim.wait(10) for victim in victims] == [-signal.SIGKILL] * 2
+    resumed = trained(stages, tmp_path / "killed", workers=2)
+    for name, weights in whole.items():
+        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
+
+
 def test_workers_that_come_when_all_is_done_change_nothing(
     stages: Path, alone: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
@@ -287,17 +300,41 @@ def test_a_logistic_bandit_wants_rewards_that_are_probabilities(low: float) -> N
 @pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])
 def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) -> None:
     with pytest.raises(StageError, match=r"training diverges: at step 50 .* choose cql or bcq"):
-        check_converges(score, loss, 100.0, 50, "or choose cql or bcq")
+        check_converges(score, [loss], 100.0, 50, "or choose cql or bcq")
 
 
 def test_values_within_what_rewards_can_sum_to_go_on() -> None:
-    check_converges(250.0, 1e6, 100.0, 50, "")
-    check_converges(1e9, 1e6, float("inf"), 50, "")
+    check_converges(250.0, [1e6], 100.0, 50, "")
+    check_converges(1e9, [1e6], float("inf"), 50, "")
+
+
+def test_a_loss_that_rises_without_end_is_told_where_nothing_bounds_values() -> None:
+    rising = [2.0**n for n in range(11)]
+    with pytest.raises(StageError, match=r"training diverges: at step 50 .* the loss 1\.02e\+03\. Values feed"):
+        check_converges(1.0, rising, float("inf"), 50, "")
+    check_converges(1.0, rising, 100.0, 50, "")  # there values tell
+    check_converges(1.0, [*rising[:5], 1.0, *rising[5:]], float("inf"), 50, "")  # it fell meanwhile
+    check_converges(1.0, [1e-6 * loss for loss in rising], float("inf"), 50, "")  # from nothing
+
+
+def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
+    stages: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"dqn": {"hiddenLayers": [8], "learningRate": 1e5, "targetUpdateRate": 1.0}}
+    spec = SPEC.model_copy(update={"algorithm": Algorithm.model_validate(wild)})
+    (worker,) = started(stages, tmp_path, spec=spec)
+    assert worker.wait(60) != 0
+    assert "training diverges: at step" in capfd.readouterr().err
+    assert not (tmp_path / "policy").exists()
+    (again,) = started(stages, tmp_path, spec=spec)
+    assert again.wait(60) != 0
+    assert "components/training/worker.py" in (said := capfd.readouterr().err)
+    assert "in run_worker" not in said, "it refuses before it begins"
 
 
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
-    check_converges(0.05, 0.1, 1e-4, 50, "")
-    check_converges(0.05, 0.1, 0.0, 50, "")
+    check_converges(0.05, [0.1], 1e-4, 50, "")
+    check_converges(0.05, [0.1], 0.0, 50, "")
 
 
 @pytest.mark.parametrize(

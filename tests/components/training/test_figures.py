@@ -1,0 +1,79 @@
+"""What people watch while a policy is trained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from components.training.actions import Actions
+from components.training.algorithms.learner import Batch
+from components.training.algorithms.values import DQNLearner
+from components.training.figures import Figures
+from components.training.network import QNetwork
+from contracts.job import DQN
+
+SEEN = {"td_loss": 0.5, "reward": 1.5, "q_mean": 2.0}
+
+
+def learner() -> DQNLearner:
+    torch.manual_seed(0)
+    return DQNLearner(QNetwork(3, 2, [8]), DQN())
+
+
+def probe(rows: int = 16) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    state, ones = torch.randn(rows, 3, generator=generator), torch.ones(rows)
+    action = torch.randint(2, (rows,), generator=generator)
+    return Batch(state, action, None, ones, state, action, None, ones)
+
+
+def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_the_board_shows_losses_values_gradients_actions_and_the_reward(tmp_path: Path) -> None:
+    made, batch, returns = learner(), probe(), torch.full((16,), 3.0)
+    figures = Figures(tmp_path, made, batch, returns, Actions(["left", "right"]))
+    made(batch)[0].backward()
+    figures.write(50, 200, 1, False, SEEN)
+    figures.write(100, 200, 1, True, SEEN | {"td_loss": 0.25})
+    figures.close()
+    found = curves(tmp_path)
+    assert found["td_loss"] == [(50, 0.5), (100, 0.25)]
+    assert [value for _, value in found["reward"]] == [1.5, 1.5]
+    with torch.no_grad():
+        scores = made.network(batch.state)
+    logged = scores[range(16), batch.action]
+    gradients = torch.cat([p.grad.flatten() for p in made.network.parameters()])
+    for tag, value in {
+        "mc_loss": (logged - returns).abs().mean(), "q_mean": 2.0, "q_stddev": logged.std(),
+        "q_maximum": scores.max(), "gradient_norm": gradients.norm(),
+    }.items():  # fmt: skip
+        assert found[tag][0][1] == pytest.approx(float(value), rel=1e-5)
+    share = float((scores.argmax(1) == 1).float().mean())
+    assert found["greedy_action/right"] == [(100, pytest.approx(share))]
+    assert found["greedy_action/left"] == [(100, pytest.approx(1 - share))]
+
+
+def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
+    made = learner()
+    for first, steps in ((1, (50, 100, 150)), (101, (150, 200))):
+        figures = Figures(tmp_path, made, probe(), torch.zeros(16), Actions(["left", "right"]), first)
+        for step in steps:
+            figures.write(step, 200, 1, False, SEEN)
+        figures.close()
+    assert [step for step, _ in curves(tmp_path)["td_loss"]] == [50, 100, 150, 200]
+
+
+def test_of_numbers_it_shows_what_the_policy_sets_them_to(tmp_path: Path) -> None:
+    made, batch = learner(), probe()
+    made.examine = lambda _: (torch.zeros(16), torch.zeros(16), torch.full((16, 1), 2.5))  # type: ignore[method-assign]
+    figures = Figures(tmp_path, made, batch, torch.zeros(16), Actions(["price"], [(0.0, 4.0)]))
+    figures.write(50, 50, 1, True, SEEN)
+    figures.close()
+    assert curves(tmp_path)["greedy_action/price"] == [(50, pytest.approx(2.5))]
+    assert np.isfinite([value for events in curves(tmp_path).values() for _, value in events]).all()
