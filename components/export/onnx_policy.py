@@ -102,7 +102,8 @@ class ServedChoice(ServedPolicy):
     def example(
         self, generator: np.random.Generator, states: np.ndarray, policy: dict[str, Any], items: np.ndarray
     ) -> Inputs:
-        action = generator.choice(items, LISTED)
+        # Each once, where there are enough: which of two alike is the best, rounding decides.
+        action = generator.choice(items, LISTED, replace=len(items) < LISTED)
         return {"state": states[:1], "action": action, "uniform": generator.random((1, 1), np.float32)}
 
 

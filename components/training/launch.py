@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,13 +21,15 @@ from torchx.specs import AppState, Resource, VolumeMount
 
 from components.columns import open_columns, write_columns
 from components.training.bundle import DESCRIPTION
-from components.training.worker import check_fits, rewards_to_learn_from
+from components.training.figures import LOSSES
+from components.training.worker import CHECKPOINTS, check_fits, rewards_to_learn_from
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
-from contracts.stage import StageError, read_record, stage
+from contracts.stage import RECORD, StageError, code_version, read_record, stage
 
 ROLE = "worker"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
+IDENTITY = "identity"
 RESTARTS = {"PET_MAX_RESTARTS": "3"}
 """Workers go on without one that is lost, and with another in its place, from the last checkpoint."""
 ELASTIC = RESTARTS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -48,9 +51,11 @@ def train(
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
     bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
-    trains more than once names each `part` in a few letters.
+    trains more than once names each `part` in a few letters. Where the same training was broken off at `output`, it
+    goes on after the last epoch that was finished.
     """
     read_record(features), read_record(normalization)
+    before = _set_aside(Path(output))
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
     nodes = f"1x{workers.max}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x1"
@@ -61,8 +66,10 @@ def train(
         _laid_out(features, spec, directory / "columns") as columns,
     ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
-        data, _ = open_columns(columns)
+        data, digest = open_columns(columns)
         check_fits(data, spec, rewards_to_learn_from(data, spec))
+        scales = (Path(file).read_text() for file in sorted(Path(normalization).glob("*spec.json")))
+        _take_up(before, directory, [spec.model_dump_json(), digest, *scales, warm_start, code_version()])
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
@@ -96,6 +103,26 @@ def train(
             "warm_start": bundle["provenance"]["warm_start"],
             **(known or {}),
         }
+
+
+def _set_aside(output: Path) -> Path:
+    """Where that is which a training that was broken off has left at `output`, if it has: a stage begins afresh."""
+    before = output.with_name(f".{output.name}.before")
+    if (output / CHECKPOINTS).is_dir() and not (output / RECORD).exists():
+        shutil.rmtree(before, ignore_errors=True)
+        output.rename(before)
+    return before
+
+
+def _take_up(before: Path, directory: Path, identity: list[str]) -> None:
+    """Bring back what is left of the same training, by all that decides it; of another one nothing is kept."""
+    mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if (before / IDENTITY).is_file() and (before / IDENTITY).read_text() == mine:
+        for name in (CHECKPOINTS, "epochs", LOSSES, "tensorboard"):
+            if (before / name).exists():
+                (before / name).rename(directory / name)
+    shutil.rmtree(before, ignore_errors=True)
+    (directory / IDENTITY).write_text(mine)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,15 @@ def test_a_log_takes_possible_moves_and_ends_where_it_must() -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "far"),
-    [("double DQN", 5.0), ("SARSA", 5.0), ("C51", 5.0), ("double DQN, moves described", 6.0), ("BCQ", 5.0)],
+    [
+        ("double DQN", 5.0),
+        ("SARSA", 5.0),
+        ("C51", 5.0),
+        ("double DQN, moves described", 6.0),
+        ("BCQ", 5.0),
+        ("QR-DQN", 9.0),
+        ("CQL, alpha 0.01", 9.0),
+    ],
 )
 def test_learned_values_are_near_the_true_ones(algorithm: str, far: float) -> None:
     assert gridworld(TRUTH, algorithm, 0) < far

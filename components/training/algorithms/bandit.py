@@ -68,7 +68,10 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 class UpperBounds(nn.Module):
-    """LinUCB (Li et al. 2010, arXiv 1003.0146, algorithm 1): the expected reward and alpha times its deviation."""
+    """LinUCB (Li et al. 2010, arXiv 1003.0146, algorithm 1): the expected reward and alpha times its deviation.
+
+    theta_a . x + alpha sqrt(x^T A_a^-1 x), with A_a = lambda I + sum x x^T.
+    """
 
     def __init__(self, rewards: LinearRewards, alpha: float) -> None:
         super().__init__()
@@ -81,8 +84,9 @@ class UpperBounds(nn.Module):
 class ThompsonSampling(nn.Module):
     """Linear Thompson sampling (Agrawal and Goyal 2013, arXiv 1209.3352): log-probabilities of being the best action.
 
-    So a softmax at temperature 1 acts as if rewards were drawn from the posterior, with propensities that are known:
-    the integral over an action's reward of its density times the chance that each other's is lower.
+    So a softmax at temperature 1 acts as if rewards were drawn from the posterior N(theta_a . x, (v s_a)^2), with s_a
+    the deviation and v the noise's, and with propensities that are known: the integral over an action's reward r of its
+    density times the product over the others of P(r_b < r).
     """
 
     def __init__(self, rewards: LinearRewards, deviation: float) -> None:
@@ -146,7 +150,11 @@ class LinearBandit(Learner):
 
 
 class LogisticBandit(Learner):
-    """The probability of a reward by a logistic model of each action; scores are its logits."""
+    """The probability of a reward by a logistic model of each action; scores are its logits.
+
+    Minimizes the cross-entropy of sigmoid(theta_a . x) against the reward (Hosmer and Lemeshow 2000, section 1.2;
+    served by epsilon-greedy, Sutton and Barto 2018, section 2.2).
+    """
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logit = taken(self.network(batch.state), batch.action, None)

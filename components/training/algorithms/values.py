@@ -22,7 +22,10 @@ from contracts import job
 
 
 class BehaviourCloner(Learner):
-    """The logged policy by maximum likelihood: minimizes -log pi(a | s) over the possible actions."""
+    """Behaviour cloning (Pomerleau 1991): the logged policy by maximum likelihood.
+
+    Minimizes -log pi(a | s), with pi a softmax of the scores over the possible actions.
+    """
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         scores = score(self.network, batch.state, batch.possible)
@@ -34,7 +37,9 @@ class DQNLearner(BootstrappingLearner):
     """Deep Q-learning (Mnih et al. 2015): Huber's loss of Q(s, a) against r + discount * Q'(s', a').
 
     Q' follows Q slowly. a' is the best action at s' by Q when double (van Hasselt et al. 2016, arXiv 1509.06461,
-    equation 4), else by Q', or the logged one (SARSA). Actions that are not possible at s' are never chosen.
+    equation 4), else by Q', or the logged one (SARSA: Rummery and Niranjan 1994). Actions that are not possible at s'
+    are never chosen. Over n steps r is r_1 + g_1 r_2 + ... + g_1..g_{n-1} r_n, the discount g_1..g_n, and s' the state
+    after them (Sutton 1988; Hessel et al. 2018, arXiv 1710.02298).
     """
 
     def __init__(self, network: nn.Module, config: job.QLearning) -> None:

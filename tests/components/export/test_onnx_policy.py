@@ -140,6 +140,51 @@ def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm
     assert check_onnx(policy, described(7, 3), tmp_path / "model.onnx", every, seed=0) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["ddpg", "td3", "td3Bc", "sac", "iql"])
+def test_each_actors_graph_takes_its_own_action(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    numbers = Actions(["price", "share"], [(0.0, 4.0), (-1.0, 1.0)])
+    network = build_network(Algorithm.model_validate({name: {"hiddenLayers": [16]}}), SPEC, numbers).eval()
+    actor, policy = served(network, PolicyHead(policy="greedy"), "continuous"), described(7, 2) | numbers.as_json()
+    policy["action_space"] = "continuous"
+    export_onnx(actor, policy, tmp_path / "model.onnx")
+    every = np.concatenate([states(1000, 7), EXTREMES])
+    assert check_onnx(actor, policy, tmp_path / "model.onnx", every, seed=0) <= TOLERANCE
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (action,) = session.run(["action"], {"state": every})
+    assert ((action >= [0.0, -1.0]) & (action <= [4.0, 1.0])).all()
+    assert np.ptp(action, axis=0).min() > 0.01, "it depends on the state"
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"dqn": {"noisy": True}},
+        {"c51": {"lowestReturn": 0.0, "highestReturn": 50.0}},
+        {"qrDqn": {}},
+        {"cql": {"dueling": True}},
+        {"behaviourCloning": {}},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_each_algorithms_scores_of_described_actions_are_its_graphs(tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    items = NormalizationSpec(
+        inputs=["topic", "quality"], features=[feature("topic", "continuous"), feature("quality", "binary")]
+    )
+    listed = Actions([], described=items)
+    network = build_network(Algorithm.model_validate(algorithm), SPEC, listed).eval()
+    with torch.no_grad():
+        for name, weights in network.named_parameters():
+            # As after training: else most items are equally good, but for rounding.
+            weights *= 20 if name.endswith("advantage.weight") else 1
+    choice, policy = served(network, AT_07, "parametric"), {"features": [""] * 7, "action_space": "parametric"}
+    policy |= listed.as_json()
+    export_onnx(choice, policy, tmp_path / "model.onnx")
+    every = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    assert check_onnx(choice, policy, tmp_path / "model.onnx", states(200, 7), seed=0, items=every) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("head", "wanted"),
     [

@@ -18,12 +18,13 @@ from torchx.specs import AppState
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training import launch
+from components.training.bundle import DESCRIPTION
 from components.training.figures import LOSSES
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
 from components.training.worker import CHECKPOINTS
 from contracts.job import JobSpec
-from contracts.stage import StageError, read_record, stage
+from contracts.stage import RECORD, StageError, read_record, stage
 
 SPEC = JobSpec.model_validate(
     {
@@ -195,6 +196,37 @@ def test_a_worker_that_is_killed_is_replaced_and_training_goes_on(
     assert (record["epochs"], record["workers"]) == (20, 2)
     steps = [json.loads(line)["step"] for line in (output / LOSSES).read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, stages = small_log(tmp_path, epochs=4)
+    whole, output = tmp_path / "whole", tmp_path / "training"
+    launch.train(spec, *stages, whole)
+
+    def broken_off(runner: Any, handle: str, _: str) -> None:
+        while not list((output / CHECKPOINTS).glob("[0-9]*")):
+            time.sleep(0.01)
+        runner.cancel(handle)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_follow", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(spec, *stages, output)
+    monkeypatch.setattr(launch, "_follow", _follow)
+    first = output / "epochs" / "001" / DESCRIPTION
+    written = first.stat().st_mtime_ns
+    launch.train(spec, *stages, output)
+    assert first.stat().st_mtime_ns == written
+    assert read_record(output)["weights_digest"] == read_record(whole)["weights_digest"]
+    assert (output / LOSSES).read_text() == (whole / LOSSES).read_text()
+
+    (output / RECORD).unlink()
+    launch.train(spec.model_copy(update={"seed": 5}), *stages, output)
+    assert first.stat().st_mtime_ns != written
+    assert read_record(output)["weights_digest"] != read_record(whole)["weights_digest"]
+    assert not list(tmp_path.glob(".training*"))
 
 
 def test_a_log_that_cannot_be_learned_from_is_refused_before_workers_begin(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training import store as stores
 from components.training.batches import Shuffled
 from components.training.network import Normalized
-from components.training.store import Store, build_store, memory_for_states, over_steps
+from components.training.store import Offers, Store, build_store, memory_for_states, over_steps
 from components.transitions import Transitions
 
 # Two MDPs: one of four decisions that ends, one of three that breaks off.
@@ -84,6 +84,20 @@ def test_a_clone_learns_from_decisions_of_which_nothing_more_is_known() -> None:
     usable = [build_store(data, NORMALIZED, ones, ones, everything=every).usable for every in (False, True)]
     assert [rows.tolist() for rows in usable] == [[0], [0, 1, 2]]
     assert build_store(data, NORMALIZED, ones, ones).possible is None
+
+
+def test_lists_of_any_length_take_no_more_room_than_their_items() -> None:
+    """One decision lists a hundred thousand items, and 999 list two."""
+    lengths = np.full(1000, 2)
+    lengths[500] = 100_000
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
+    items = torch.arange(int(offsets[-1])) % 70_000
+    offers = Offers(torch.arange(70_000.0)[:, None].expand(-1, 3), offsets, items)
+    listed, begins = offers.at(torch.tensor([3, 500, 999]))
+    assert listed.features.shape == (100_004, 3)
+    assert listed.row.bincount().tolist() == [2, 100_000, 2]
+    assert begins.tolist() == [0, 2, 100_002]
+    assert listed.features[:3, 0].tolist() == [6.0, 7.0, float(offsets[500] % 70_000)]
 
 
 def test_a_discount_of_its_own_for_each_decision() -> None:
