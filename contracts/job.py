@@ -232,7 +232,8 @@ class Reward(Model):
     discount: float = Field(0.99, ge=0, le=1, description="Discount per step, or per `discountInterval`.")
     discount_interval: Positive | None = Field(
         None,
-        description="Discount by time, not by step: discount ^ (time_diff / interval), in units of sequence_number.",
+        description="Discount by time, not by step: discount ^ (time_diff / interval), in units of sequence_number; in "
+        "microseconds where that is a time, and in millionths where it has fractions.",
     )
 
 
@@ -249,7 +250,10 @@ class Normalization(Model):
         0.1, ge=0, description="Box-Cox is used only where its lambda is further from 1, where it changes nothing."
     )
     probability_clamp: float = Field(
-        1e-5, gt=0, lt=0.5, description="Probabilities are kept this far from 0 and 1, before their logits are taken."
+        1e-5,
+        ge=1e-6,
+        lt=0.5,
+        description="Probabilities are kept this far from 0 and 1, before their logits are taken.",
     )
     quantiles: int = Field(20, ge=2, description="Quantiles that a feature of no simple shape is mapped by.")
     max_missing_fraction: float = Field(

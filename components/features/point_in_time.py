@@ -124,7 +124,10 @@ def _apart(instants: DataFrame, views: list[feast_store.View]) -> DataFrame:
     for view in views:
         if len(view.keys) > 1:
             alike = F.concat(*[F.col(key).cast("string") for key in view.keys], F.col("event_timestamp").cast("string"))
-            turns.append(F.dense_rank().over(Window.partitionBy(alike).orderBy(*view.keys)).cast("string"))
+            # Rows that miss a key find nothing, and need not be kept apart.
+            apart = F.coalesce(alike, F.concat_ws(" ", "_mdp", "_step"))
+            rank = F.dense_rank().over(Window.partitionBy(apart).orderBy(*view.keys))
+            turns.append(F.when(alike.isNull(), 1).otherwise(rank).cast("string"))
     return instants.withColumn(_TURN, F.concat_ws(" ", *turns))
 
 

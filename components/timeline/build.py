@@ -53,7 +53,9 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         checked = with_reason(log, spec)
         if outcomes:
             # What is held is computed for every row: of a good one its columns are enough.
-            checked = checked.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS))).cache()
+            of_text = checked.schema[AS_IT_WAS].metadata
+            checked = checked.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS)))
+            checked = checked.withMetadata(AS_IT_WAS, of_text).cache()
         used = in_sample(checked, spec)
         names = look_at(used)
         report(1, 4, "ordering MDPs")
@@ -151,8 +153,10 @@ def in_sample(checked: DataFrame, spec: JobSpec) -> DataFrame:
     """The rows of the MDPs that the job samples, and as many of those without one."""
     if spec.data.sample_fraction == 1:
         return checked
-    # All rows without an MDP beside few with one would be too many to be rejected.
-    whose = F.coalesce(F.nullif("mdp_id", F.lit("")), AS_IT_WAS)
+    # All rows without an MDP beside few with one would be too many to be rejected. A torn line has nothing but its
+    # text; that of other rows is made of all their columns, which need not be read.
+    torn = F.col(AS_IT_WAS) if checked.schema[AS_IT_WAS].metadata else F.concat_ws(" ", "sequence_number", "event_time")
+    whose = F.coalesce(F.nullif("mdp_id", F.lit("")), torn)
     place = F.pmod(F.xxhash64(whose, F.lit(spec.seed)), F.lit(HASHES))
     return checked.where(place < int(spec.data.sample_fraction * HASHES))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from components.timeline.read import AS_IT_WAS, UNREADABLE, in_millionths, read_outcomes
+from components.timeline.read import AS_IT_WAS, UNREADABLE, counted_in_millionths, read_outcomes
+from contracts.stage import StageError
 
 
 def join_outcomes(
@@ -17,7 +18,7 @@ def join_outcomes(
     or do not say when, are not used: a run over the same days gives the same result whenever it is made. Also returns
     how many reports there were, and how many of them could not be read, match no decision, or came late.
     """
-    outcomes = read_outcomes(spark, path, in_millionths(log)).drop(AS_IT_WAS).cache()
+    outcomes = read_outcomes(spark, path, counted_in_millionths(log)).drop(AS_IT_WAS).cache()
     readable = outcomes.where(F.col(UNREADABLE).isNull()).drop(UNREADABLE)
     decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
     matched = readable.join(decided, ["mdp_id", "sequence_number"])
@@ -29,6 +30,11 @@ def join_outcomes(
         )
     matched = matched.withColumn("late", late)
     reports, fine = outcomes.count(), readable.count()
+    if wait_seconds is not None and fine and readable.where(F.col("event_time").isNotNull()).isEmpty():
+        raise StageError(
+            f"data.outcomeWaitSeconds: no outcome of {path} says when it came, in a column event_time; have it "
+            "written, or use all outcomes"
+        )
     found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
     counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
     per_metric = matched.where(~F.col("late")).select(

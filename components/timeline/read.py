@@ -27,7 +27,7 @@ AS_IT_WAS = "_as_it_was"
 UNREADABLE = "_unreadable"
 """Name of the first column of a row that is not of its type, or `LINE`; null in a row that can be read."""
 LINE = "line"
-_TORN, _TEXT = "_torn", "_text"
+_TORN, _TEXT = "_bluewhale_torn", "_bluewhale_text"
 """Of a line that is none of its format, what it was; of JSON lines, all of them."""
 DAY_MICROSECONDS = 86_400_000_000
 MICROSECONDS = 1_000_000
@@ -64,16 +64,17 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     raw = _load(spark, path, data, "data.decisionLog", wanted)
     if data.partition:
         name = data.partition.column
-        if name not in (there := _there(raw)):
+        if name not in (there := _there(raw, [name])):
             raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
         raw = raw.where(F.col(name).cast("string").between(data.partition.first, data.partition.last))
     names = _names(data)
-    there = _there(raw)
+    given = [names[ours] for ours in names if ours in REQUIRED or getattr(data.columns, ours)]
+    there = _there(raw, [*given, *data.state_columns, *data.features.keys])
     for ours, theirs in names.items():
         given_name = getattr(data.columns, ours)
         if theirs not in there and (ours in REQUIRED or given_name):
-            given = f" (data.columns.{to_camel(ours)})" if given_name else ""
-            raise StageError(f"data.decisionLog {path}: column {theirs}{given} is missing; found {_found(there)}")
+            by = f" (data.columns.{to_camel(ours)})" if given_name else ""
+            raise StageError(f"data.decisionLog {path}: column {theirs}{by} is missing; found {_found(there)}")
     if missing := [name for name in data.state_columns if name not in there]:
         raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(there)}")
     if missing := [name for name in data.features.keys if name not in there]:
@@ -90,6 +91,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
             raise StageError(f"data.outcomeWaitSeconds: {say}, or use all outcomes")
         if data.features.service:
             raise StageError(f"data.features.service: {say}, or log the state")
+    # A JSON line may leave out what is false.
     if data.last_step == "column" and "truncated" not in known and not data.outcomes:
         raise StageError(
             f"data.lastStep column: {path} has no column {names['truncated']} to tell of last steps; name it "
@@ -100,7 +102,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     return _conform(raw, known, wanted, data, in_millionths=_has_fractions(raw, known["sequence_number"]))
 
 
-def in_millionths(log: DataFrame) -> bool:
+def counted_in_millionths(log: DataFrame) -> bool:
     """Whether the log's sequence numbers had fractions."""
     return bool(log.schema["sequence_number"].metadata)
 
@@ -112,7 +114,7 @@ def read_outcomes(spark: SparkSession, path: str, in_millionths: bool = False) -
     """
     wanted = spark_schema(OUTCOMES_SCHEMA)
     raw = _load(spark, path, Data(), "data.outcomes", wanted)
-    there = _there(raw)
+    there = _there(raw, ["mdp_id", "sequence_number"])
     for required in ("mdp_id", "sequence_number"):
         if required not in there:
             raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(there)}")
@@ -135,20 +137,22 @@ def _found(names: list[str]) -> str:
     return ", ".join(names) or "no column at all"
 
 
-def _there(raw: DataFrame) -> list[str]:
-    """The columns that there are; of JSON lines, whose columns we have named, those that some line has."""
+def _there(raw: DataFrame, asked: list[str]) -> list[str]:
+    """The columns that there are; of JSON lines, whose columns we have named, not those `asked` that no line has."""
     columns = [name for name in raw.columns if name not in (_TORN, _TEXT)]
     if _TEXT not in raw.columns:
         return columns
-    keys = F.json_object_keys(_TEXT)
-    head = [row[0] or [] for row in raw.select(keys).take(HEAD_ROWS)]
-    seen = {key for found in head for key in found}
-    partitions = {field.name for field in raw.schema if field.metadata}
-
-    def some_line_has(name: str) -> bool:
-        return name in partitions | seen or not raw.where(F.array_contains(keys, name)).isEmpty()
-
-    return [name for name in columns if some_line_has(name)] if head else columns
+    keys = F.map_keys(F.from_json(_TEXT, _STRINGS))
+    head = raw.select(keys, _TEXT).take(HEAD_ROWS)
+    seen = {field.name for field in raw.schema if field.metadata}.union(*(found or [] for found, _ in head))
+    if not seen and head:
+        raise StageError(
+            f"{head[0][1][:80]!r}: no JSON object; one is wanted in each line, whole, and no array of them"
+        )
+    if missing := set(asked) - seen if head else set():
+        name = F.explode(keys).alias("name")
+        missing -= {row[0] for row in raw.select(name).where(F.col("name").isin(list(missing))).distinct().collect()}
+    return [name for name in columns if name not in missing]
 
 
 def _has_fractions(raw: DataFrame, column: str) -> bool:
@@ -156,7 +160,7 @@ def _has_fractions(raw: DataFrame, column: str) -> bool:
     if isinstance(raw.schema[column].dataType, (T.IntegralType, T.DatetimeType)):
         return False
     number = F.col(f"`{column}`").try_cast("double")
-    fractions = [row[0] for row in raw.select(number != F.floor(number)).take(HEAD_ROWS)]
+    fractions = [row[0] for row in raw.select(number % 1 != 0).take(HEAD_ROWS)]
     return sum(map(bool, fractions)) > FRACTIONS * len(fractions)
 
 
@@ -204,7 +208,7 @@ def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.S
         reader = reader.option("basePath", root)
     if form == "json":
         # Lines are kept as well, for what they have beside the contract's columns.
-        lines = reader.text(path).where(F.trim("value") != "")
+        lines = reader.text(path).where(F.col("value").rlike(r"\S"))
         partitions = [name for name in lines.columns if name != "value"]
         schema = _json_schema(data, wanted)
         read = F.from_json("value", schema, {"columnNameOfCorruptRecord": _TORN})
@@ -217,12 +221,21 @@ def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.S
         # Spark takes one file's header for all of them.
         reader = reader.options(header=True, escape='"', multiLine=True, columnNameOfCorruptRecord=_TORN)
         by_header: dict[tuple[str, ...], list[str]] = {}
-        for file in map(unquote, reader.csv(path).inputFiles()):
-            by_header.setdefault(tuple(reader.csv(file).columns), []).append(file)
-        # A line with more cells than the header, or fewer, is told only by a schema that has a place for it.
+        whole = reader.csv(path)
+        for file in map(unquote, whole.inputFiles()):
+            alone = spark.read.options(header=True, escape='"', multiLine=True).csv(file)
+            by_header.setdefault(tuple(alone.columns), []).append(file)
+        below = [part for files in by_header.values() for part in files[0].split("/") if root and "=" in part]
+
+        def cells(names: tuple[str, ...]) -> T.StructType:
+            # A line with more cells than the header, or fewer, is told only by a schema that has a place for it; and a
+            # partition's column is not looked for in the file, where it may be too.
+            partitions = {part.split("=")[0] for part in below}
+            inside = [f"{name}_in_file" if name in partitions else name for name in names]
+            return T.StructType([T.StructField(name, T.StringType()) for name in [*inside, _TORN]])
+
         return _union(
-            [reader.schema(_texts([*names, _TORN])).csv(files) for names, files in by_header.items() if names]
-            or [reader.csv(path)]
+            [reader.schema(cells(names)).csv(files) for names, files in by_header.items() if names] or [whole]
         )
     return reader.option("mergeSchema", True).format(form).load(path)
 
@@ -255,10 +268,6 @@ def _json_schema(data: Data, wanted: T.StructType) -> T.StructType:
     return T.StructType([T.StructField(name, kind) for name, kind in columns.items()])
 
 
-def _texts(names: list[str]) -> T.StructType:
-    return T.StructType([T.StructField(name, T.StringType()) for name in names])
-
-
 def _as_text(kind: T.DataType) -> T.DataType:
     if isinstance(kind, T.ArrayType):
         return T.ArrayType(_as_text(kind.elementType))
@@ -275,7 +284,7 @@ def _conform(
     def read(ours: str, kind: T.DataType, column: str) -> Column:
         given = F.col(f"`{column}`")
         if ours == "sequence_number" and in_millionths:
-            value = F.round(given.try_cast("decimal(38,9)") * MICROSECONDS).try_cast("bigint")
+            value = F.round(F.try_multiply(given.try_cast("decimal(38,9)"), F.lit(MICROSECONDS))).try_cast("bigint")
             bad: Column | None = given.isNotNull() & value.isNull()
         else:
             value, bad = _typed(given, types[column], kind)
@@ -308,7 +317,7 @@ def _conform(
     return raw.select(
         *[column.alias(name, metadata=metadata.get(name, {})) for name, column in columns.items()],
         *[F.col(f"`{name}`") for name in brought],
-        as_it_was.alias(AS_IT_WAS),
+        as_it_was.alias(AS_IT_WAS, metadata={"text": True} if _TORN in raw.columns else {}),
         F.coalesce(*unreadable).alias(UNREADABLE),
     )
 
@@ -331,6 +340,8 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
         value = F.when(seconds.between(0, LAST_MICROSECOND / MICROSECONDS), seconds.cast("timestamp"))
         if isinstance(given, T.StringType):
             value = F.when(seconds.isNull(), raw.try_cast("timestamp")).otherwise(value)
+            # A day, more likely than a second of 1970.
+            value = F.when(~raw.rlike(r"^\d{8}$"), value)
     else:
         value = raw.try_cast(wanted)
     return value, raw.isNotNull() & value.isNull()
@@ -351,7 +362,7 @@ def _ordinal(raw: Column, given: T.DataType) -> Column:
 
 
 def _whole(number: Column) -> Column:
-    return F.when(number == F.floor(number), number.try_cast("bigint"))
+    return F.when(number % 1 == 0, number.try_cast("bigint"))
 
 
 def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
@@ -366,7 +377,13 @@ def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
     # Spark reads a name that is there twice, and fails on it later.
     twice = F.size(F.map_keys(texts)) != F.size(F.array_distinct(F.map_keys(texts)))
     present = F.map_filter(F.when(~twice, texts), lambda _, v: v.isNotNull())
-    numbers = F.transform_values(present, lambda _, v: v.try_cast("double"))
+    of_text = not (isinstance(given, T.MapType) and isinstance(given.valueType, T.NumericType))
+
+    def number(_: Column, value: Column) -> Column:
+        # Of JSON's text Spark gives NaN with the marks of a string around it.
+        return (F.btrim(value, F.lit('"')) if of_text else value).try_cast("double")
+
+    numbers = F.transform_values(present, number)
     bad = twice | F.exists(F.map_values(numbers), lambda v: v.isNull())
     if isinstance(given, T.MapType) and not isinstance(given.keyType, T.StringType):
         numbers = F.transform_keys(numbers, lambda k, _: k.cast("string"))

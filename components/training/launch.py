@@ -68,8 +68,9 @@ def train(
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
         data, digest = open_columns(columns)
         check_fits(data, spec, rewards_to_learn_from(data, spec))
-        scales = (Path(file).read_text() for file in sorted(Path(normalization).glob("*spec.json")))
-        _take_up(before, directory, [spec.model_dump_json(), digest, *scales, warm_start, code_version()])
+        files = [*sorted(Path(normalization).glob("*spec.json")), *Path(warm_start or directory).glob(DESCRIPTION)]
+        texts = [file.read_text() for file in files]
+        _take_up(before, directory, [spec.model_dump_json(), digest, *texts, code_version()])
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
@@ -110,17 +111,23 @@ def _set_aside(output: Path) -> Path:
     before = output.with_name(f".{output.name}.before")
     if (output / CHECKPOINTS).is_dir() and not (output / RECORD).exists():
         shutil.rmtree(before, ignore_errors=True)
-        output.rename(before)
+        before.mkdir()
+        _move(output, before)
     return before
+
+
+def _move(source: Path, target: Path) -> None:
+    """What training goes on with."""
+    for name in (IDENTITY, CHECKPOINTS, "epochs", "policy", LOSSES, "tensorboard"):
+        if (source / name).exists():
+            (source / name).rename(target / name)
 
 
 def _take_up(before: Path, directory: Path, identity: list[str]) -> None:
     """Bring back what is left of the same training, by all that decides it; of another one nothing is kept."""
     mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if (before / IDENTITY).is_file() and (before / IDENTITY).read_text() == mine:
-        for name in (CHECKPOINTS, "epochs", LOSSES, "tensorboard"):
-            if (before / name).exists():
-                (before / name).rename(directory / name)
+        _move(before, directory)
     shutil.rmtree(before, ignore_errors=True)
     (directory / IDENTITY).write_text(mine)
 

@@ -50,7 +50,8 @@ from contracts.stage import StageError, code_version
 from contracts.transitions import ACTION_PREFIX
 
 LOOK_STEPS, LOOK_ROWS = 50, 102_400
-"""At the fewest between two looks at how it goes: each costs about as much as learning from five hundred rows."""
+"""A look at how it goes comes after so many steps and rows, whichever is later: it costs as much as to learn from five
+hundred rows."""
 CHECKPOINTS, REFUSED = "checkpoints", "refused.txt"
 CPU = torch.device("cpu")
 LOOKING_AHEAD = QLearning | ActorCritic | SlateQ
@@ -206,6 +207,8 @@ def main() -> None:
     places = (Path(arguments.columns), Path(arguments.normalization), output)
     try:
         run_worker(spec, *places, arguments.warm_start, device)
+    except OtherFilesError:
+        raise
     except StageError as error:
         refused.write_text(str(error))
         raise
@@ -314,7 +317,8 @@ def run_worker(
     if rank == 0:
         figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions, first=done + 1)
     check = functools.partial(check_converges, most=most, advice=advice)
-    for step in learn(trainer, store.batches(shuffled, done, steps), done, steps, per_epoch, figures, check):
+    every = max(LOOK_STEPS, LOOK_ROWS // spec.training.batch_size)
+    for step in learn(trainer, store.batches(shuffled, done, steps), done, steps, per_epoch, every, figures, check):
         if step % per_epoch == 0 and rank == 0:
             epoch = step // per_epoch
             learner.settle()
@@ -335,20 +339,19 @@ def learn(
     done: int,
     steps: int,
     per_epoch: int,
+    every: int,
     figures: Figures | None,
     check: Callable[..., None],
 ) -> Iterator[int]:
-    """Take a step with each batch, and look at the figures now and then; yields each step's number, after `done`.
+    """Take a step with each batch, and look at the figures after `every` so many; yields each step's number.
 
     `check` is told of each look, as `check_converges` is.
     """
     recent: list[Tensor] = []
     losses: list[float] = []
-    every = 0
     for step, batch in enumerate(batches, done + 1):
         loss, scores = trainer.step(batch)
         recent.append(loss)
-        every = every or max(LOOK_STEPS, LOOK_ROWS // len(batch.reward))
         if step % every == 0 or step % per_epoch == 0:
             if figures:
                 means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
@@ -378,8 +381,12 @@ def _most(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> float:
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 
+class OtherFilesError(StageError):
+    """Workers have read different files, which those that are started again need not."""
+
+
 def check_alike(trainer: Trainer, finished: int, device: torch.device) -> None:
-    """Raise `StageError` when workers begin with different weights or epochs: one has read what another has not.
+    """Raise `OtherFilesError` when workers begin with different weights or epochs: one has read what another has not.
 
     None goes on, and saves, before all have read.
     """
@@ -389,7 +396,7 @@ def check_alike(trainer: Trainer, finished: int, device: torch.device) -> None:
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     if any(not torch.equal(one, mine) for one in found):
-        raise StageError(
+        raise OtherFilesError(
             f"workers begin after epochs {', '.join(str(int(one[0])) for one in found)} with different weights: they "
             "do not see the same files; the volume must be shared and consistent"
         )

@@ -200,8 +200,8 @@ class TestStatesOfANamedService:
         assert [r["ordinal"] for r in found if r["mdp_id"] == "two"] == [1, 2]
 
 
-def test_keys_that_read_alike_one_after_another_are_not_mixed_up(tmp_path):
-    """(1, 23) and (12, 3) at one instant, and a third pair that no view knows."""
+def test_keys_that_read_alike_one_after_another_are_not_mixed_up(tmp_path, monkeypatch):
+    """(1, 23) and (12, 3) at one instant, a third pair that no view knows, and rows without one of the keys."""
     from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, types
     from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
     from feast.value_type import ValueType
@@ -219,10 +219,17 @@ def test_keys_that_read_alike_one_after_another_are_not_mixed_up(tmp_path):
     fields = [Field(name="visits", dtype=types.Float64)]
     view = FeatureView(name="visits", entities=[user, shop], ttl=timedelta(days=1), schema=fields, source=source)
     FeatureStore(repo_path=str(path)).apply([user, shop, view, FeatureService(name="visited", features=[view])])
-    rows = [row(mdp, 0, action="a", shop=shop) for mdp, shop in (("1", "23"), ("12", "3"), ("123", "9"))]
+    rows = [
+        row(mdp, 0, action="a", shop=shop)
+        for mdp, shop in (("1", "23"), ("12", "3"), ("123", "9"), ("x", None), ("y", None))
+    ]
+    turns, asked = [], FeatureStore.get_historical_features
+    monkeypatch.setattr(FeatureStore, "get_historical_features", lambda *a, **k: (turns.append(1), asked(*a, **k))[1])
     spec = named(path, service="visited", actionKey=None)
     join_features(spec, timeline(tmp_path / "timeline", rows), tmp_path / "out")
-    assert {r["mdp_id"]: r["state_visits"] for r in joined(tmp_path / "out")} == {"1": 4.0, "12": 5.0, "123": None}
+    found = {r["mdp_id"]: r["state_visits"] for r in joined(tmp_path / "out")}
+    assert found == {"1": 4.0, "12": 5.0, "123": None, "x": None, "y": None}
+    assert len(turns) == 2
 
 
 def test_numbers_that_describe_an_action_become_its_features(tmp_path):

@@ -340,6 +340,9 @@ def test_a_report_that_does_not_say_when_is_late_where_the_job_waits(spark, tmp_
     joined, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait_seconds=60)
     assert counts["late"] == 2
     assert ["sale" in row["metrics"] for row in joined.orderBy("sequence_number").collect()] == [False, True, False]
+    (tmp_path / "timeless.jsonl").write_text('{"mdp_id": "a", "sequence_number": 0, "metrics": {"sale": 1.0}}\n')
+    with pytest.raises(StageError, match=r"data\.outcomeWaitSeconds: no outcome of .* says when it came"):
+        join_outcomes(spark, log, str(tmp_path / "timeless.jsonl"), wait_seconds=60)
 
 
 class TestWhatTheJobLeavesOut:

@@ -253,12 +253,18 @@ class TestTheColumns:
                 {"features": {"service": "s", "repository": "r", "keys": ["k"]}},
                 r"data\.features\.keys: k is missing",
             ),
-            ({"lastStep": "column"}, r"data\.lastStep column: .* has no column truncated"),
         ],
     )
     def test_a_name_that_no_json_line_has_is_refused(self, spark, tmp_path, data, said):
         with pytest.raises(StageError, match=said):
             read(spark, jsonl(tmp_path / "log.jsonl", *[ROW | {"age": None}] * 3), **data)
+
+    def test_a_last_step_that_a_column_should_tell_needs_the_column(self, spark, tmp_path):
+        pq.write_table(pa.table({"mdp_id": ["a"], "sequence_number": [1], "action": ["l"]}), tmp_path / "l.parquet")
+        with pytest.raises(StageError, match=r"data\.lastStep column: .* has no column truncated"):
+            read(spark, str(tmp_path / "l.parquet"), lastStep="column")
+        [row] = read(spark, jsonl(tmp_path / "log.jsonl", ROW), lastStep="column")
+        assert row["truncated"] is None, "a line may leave out what is false"
 
     def test_a_service_needs_event_times_to_join_at(self, spark, tmp_path):
         path = jsonl(tmp_path / "log.jsonl", {"mdp_id": "a", "sequence_number": 1, "action": "left"})
@@ -303,6 +309,7 @@ class TestWhatCannotBeRead:
             ("sequence_number", "soon"),
             ("sequence_number", 1.5),
             ("event_time", 1e12),
+            ("event_time", "20260101"),
             ("event_time", "yesterday"),
             ("state_features", {"x": "tall"}),
             ("action_probability", "likely"),
@@ -331,6 +338,30 @@ class TestWhatCannotBeRead:
         path.write_text(json.dumps(ROW).replace('{"clicks": 2.0}', '{"clicks": 1, "clicks": 2}') + "\n")
         [row] = with_reason(read_log(spark, str(path)), JOB).collect()
         assert row[REASON] == "unreadable_metrics"
+
+    def test_one_number_beyond_all_others_is_set_aside_alone(self, spark, tmp_path):
+        rows = [ROW | {"sequence_number": n + 0.5} for n in range(5)]
+        path = jsonl(tmp_path / "log.jsonl", *rows, ROW | {"mdp_id": "bad", "sequence_number": 1e28})
+        found = {row["mdp_id"]: row[REASON] for row in with_reason(read_log(spark, path), JOB).collect()}
+        assert found == {"7": None, "bad": "unreadable_sequence_number"}
+
+    def test_a_line_that_holds_a_number_that_is_none_is_a_row(self, spark, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text(json.dumps(ROW | {"state_features": {"x": float("nan")}}) + "\n\t\n")
+        assert [row[REASON] for row in with_reason(read_log(spark, str(path)), JOB).collect()] == ["non_finite_feature"]
+
+    def test_an_array_of_rows_is_refused_with_what_is_wanted(self, spark, tmp_path):
+        (tmp_path / "log.json").write_text(json.dumps([ROW, ROW]))
+        with pytest.raises(StageError, match="no JSON object; one is wanted in each line"):
+            read(spark, str(tmp_path / "log.json"))
+
+    def test_a_partition_s_column_may_be_in_its_csv_files_too_and_a_file_may_be_empty(self, spark, tmp_path):
+        for day, text in (("01", "mdp_id,ds,sequence_number,action\na,2026-01-01,1,left\n"), ("02", "")):
+            directory = tmp_path / "log" / f"ds=2026-01-{day}"
+            directory.mkdir(parents=True)
+            (directory / "part.csv").write_text(text)
+        [row] = with_reason(read_log(spark, str(tmp_path / "log")), JOB).collect()
+        assert (row["mdp_id"], row["sequence_number"], row["ds"], row[REASON]) == ("a", 1, "2026-01-01", None)
 
     def test_lines_of_more_cells_than_the_header_or_fewer(self, spark, tmp_path):
         path = tmp_path / "log.csv"

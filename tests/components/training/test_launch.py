@@ -170,6 +170,13 @@ def test_workers_that_cannot_be_followed_are_ended() -> None:
     assert runner.cancelled
 
 
+def wait_for_a_checkpoint(output: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list((output / CHECKPOINTS).glob("[0-9]*")):
+        assert time.monotonic() < deadline, "no checkpoint is written"
+        time.sleep(0.01)
+
+
 def test_a_worker_that_is_killed_is_replaced_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,19 +186,19 @@ def test_a_worker_that_is_killed_is_replaced_and_training_goes_on(
     output = tmp_path / "training"
 
     def kill_one() -> None:
-        while not list((output / CHECKPOINTS).glob("[0-9]*")):
-            time.sleep(0.01)
+        wait_for_a_checkpoint(output)
         found = [p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]
         workers = [p for p in found if "torch.distributed.run" not in " ".join(p.info["cmdline"]) and not p.children()]
         killed.append(workers[-1].pid)
         workers[-1].kill()
 
     killed: list[int] = []
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
     launch.train(spec, *stages, output)
     thread.join()
     assert len(killed) == 1
+    assert [path.name for path in (output / "logs").rglob("attempt_1")], "the workers were started again"
     record = read_record(output)
     assert (record["epochs"], record["workers"]) == (20, 2)
     steps = [json.loads(line)["step"] for line in (output / LOSSES).read_text().splitlines()]
@@ -206,8 +213,7 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     launch.train(spec, *stages, whole)
 
     def broken_off(runner: Any, handle: str, _: str) -> None:
-        while not list((output / CHECKPOINTS).glob("[0-9]*")):
-            time.sleep(0.01)
+        wait_for_a_checkpoint(output)
         runner.cancel(handle)
         raise KeyboardInterrupt
 
@@ -221,6 +227,12 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     assert first.stat().st_mtime_ns == written
     assert read_record(output)["weights_digest"] == read_record(whole)["weights_digest"]
     assert (output / LOSSES).read_text() == (whole / LOSSES).read_text()
+
+    # A launcher that died when all but the record was written.
+    (output / RECORD).unlink()
+    launch.train(spec, *stages, output)
+    assert first.stat().st_mtime_ns == written
+    assert read_record(output)["weights_digest"] == read_record(whole)["weights_digest"]
 
     (output / RECORD).unlink()
     launch.train(spec.model_copy(update={"seed": 5}), *stages, output)
