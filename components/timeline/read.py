@@ -377,7 +377,7 @@ def _number_map(raw: Column, given: T.DataType) -> tuple[Column, Column]:
     # Spark reads a name that is there twice, and fails on it later.
     twice = F.size(F.map_keys(texts)) != F.size(F.array_distinct(F.map_keys(texts)))
     present = F.map_filter(F.when(~twice, texts), lambda _, v: v.isNotNull())
-    of_text = not (isinstance(given, T.MapType) and isinstance(given.valueType, T.NumericType))
+    of_text = not isinstance(given, T.MapType) or isinstance(given.valueType, T.StringType)
 
     def number(_: Column, value: Column) -> Column:
         # Of JSON's text Spark gives NaN with the marks of a string around it.
