@@ -30,11 +30,10 @@ from contracts.stage import RECORD, StageError, code_version, read_record, stage
 ROLE = "worker"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
 IDENTITY = "identity"
-RESTARTS = {"PET_MAX_RESTARTS": "3"}
-"""Workers go on without one that is lost, and with another in its place, from the last checkpoint."""
-ELASTIC = RESTARTS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""An agent that outlives another pod does so in place. Not with the store that agents share, though: of that one a
-replacement never learns (torch 2.13 makes it known in the first round only)."""
+ELASTIC = {"PET_MAX_RESTARTS": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Workers go on without one that is lost, and with another in its place, from the last checkpoint. Not with the store
+that agents share, though: of that one a replacement never learns (torch 2.13 makes it known in the first round only).
+"""
 
 
 def train(
@@ -76,7 +75,7 @@ def train(
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
-            env=RESTARTS
+            env=ELASTIC
             | {"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )  # fmt: skip
         where = f"the workers' logs are in {directory / 'logs'}"
@@ -86,7 +85,6 @@ def train(
             cfg: dict[str, Any] = {"log_dir": str(directory / "logs")}
         else:
             cfg = cluster_config(spec, scheduler, part)
-            app.roles[0].env |= ELASTIC
             app.roles[0].image = os.environ["BLUEWHALE_TRAINING_IMAGE"]
             app.roles[0].resource = pod_resource(spec)
             if scheduler == "kubernetes":
