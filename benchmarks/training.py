@@ -40,7 +40,7 @@ from components.training.checkpoint import save_checkpoint
 from components.training.figures import Figures
 from components.training.store import Store
 from components.training.trainer import Trainer
-from components.training.worker import LOOK_ROWS, LOOK_STEPS, PROBE, check_converges, learn
+from components.training.worker import PROBE, check_converges, learn
 from contracts.job import DQN, Algorithm
 
 ROWS, HIDDEN, SECONDS, EPOCH = 100_000, 256, 0.5, 1_000
@@ -97,7 +97,7 @@ def ours(data: Store, features: int, batch: int, precision: str, compiled: bool,
     endless = 1 << 40
     batches = data.batches(Shuffled(data.usable, batch, 0), 0, endless)
     check = functools.partial(check_converges, most=math.inf, advice="")
-    steps = learn(trainer, batches, 0, endless, EPOCH, max(LOOK_STEPS, LOOK_ROWS // batch), figures, check)
+    steps = learn(trainer, batches, 0, endless, EPOCH, batch, figures, check)
 
     def step() -> None:
         if (done := next(steps)) % EPOCH == 0:

@@ -111,7 +111,7 @@ def _read(features: Path, spec: JobSpec, make: Make, choose: Choose | None, say:
         case _:
             actions = _Described(record["action_features"], spec.slate)
     arrays: dict[str, np.ndarray] = {}
-    wanted = [*(STATE_PREFIX + name for name in names), *actions.columns, "action_probability", "metrics", "returns"]
+    wanted = [*(STATE_PREFIX + name for name in names), *actions.columns, "action_probability", "metrics"]
     for rows, batch in _batches(data, [*wanted, "time_diff", "terminal", "truncated"]):
         to = place[rows]
         if (to < 0).any():
@@ -120,7 +120,6 @@ def _read(features: Path, spec: JobSpec, make: Make, choose: Choose | None, say:
             "state": np.stack([_floats(batch[STATE_PREFIX + name]) for name in names], 1).astype(np.float32),
             "propensity": _floats(batch["action_probability"]),
             "metrics": _by_key(batch["metrics"], metric_names),
-            "returns": _by_key(batch["returns"], metric_names),
             "time_diff": _floats(batch["time_diff"]),
             "terminal": batch["terminal"].to_numpy(zero_copy_only=False),
             "truncated": batch["truncated"].to_numpy(zero_copy_only=False),

@@ -49,7 +49,6 @@ class Transitions:
     propensity: np.ndarray  # float64 [N], NaN = not logged
     possible: np.ndarray | Lists | None  # bool [N, A], actions possible at the decision; None of continuous ones
     metrics: np.ndarray  # float32 [N, M]
-    returns: np.ndarray  # float32 [N, M], discounted sums to the MDP's last logged step
     time_diff: (
         np.ndarray
     )  # float64 [N], from a decision to the next, in units of sequence_number; NaN where none is known
@@ -68,6 +67,19 @@ class Transitions:
         """int64 [N]: the row of the next state; a row without one points to itself."""
         rows = np.arange(len(self))
         return np.where(self.terminal | self.truncated, rows, np.minimum(rows + 1, len(self) - 1))
+
+    def returns(self, rows: np.ndarray, rewards: np.ndarray, discounts: np.ndarray) -> np.ndarray:
+        """float32 [len(rows)]: discounted sums of rewards [N] from these rows on, to where no more is known.
+
+        `discounts` [N] are those of `discount`.
+        """
+        ends = np.flatnonzero(self.terminal | self.truncated)
+        lasts = ends[np.searchsorted(ends, rows)]
+        found = [
+            rewards[row] + np.cumprod(discounts[row:last], dtype=np.float64) @ rewards[row + 1 : last + 1]
+            for row, last in zip(rows.tolist(), lasts.tolist(), strict=True)
+        ]
+        return np.array(found, np.float32)
 
     def discount(self, reward: Reward) -> np.ndarray:
         """float32 [N]: what a value at the next decision counts for at this one; any number where there is none."""
@@ -106,7 +118,6 @@ class Transitions:
             "action",
             "propensity",
             "metrics",
-            "returns",
             "time_diff",
             "terminal",
             "truncated",

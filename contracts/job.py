@@ -190,7 +190,7 @@ class Data(Model):
     max_length_percentile: Fraction | None = Field(
         None, description="The same limit as a share of MDPs: 0.99 leaves out the longest hundredth."
     )
-    n_steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(
+    n_steps: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] = Field(
         [], max_length=16, description="Return over the next n decisions, a column `returns_n` for each."
     )
     reward_timeline_steps: int = Field(

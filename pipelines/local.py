@@ -21,7 +21,7 @@ from typing import Any
 
 from contracts import progress
 from contracts.job import Data, RLTrainingJob, split_paths
-from contracts.stage import ERROR_FILE_VARIABLE, RECORD, StageError, code_version, digest_files
+from contracts.stage import EARLIER_VARIABLE, ERROR_FILE_VARIABLE, RECORD, StageError, code_version, digest_files
 from pipelines.display import Display
 from pipelines.pipeline import STAGES, build_pipeline, parameters
 
@@ -152,7 +152,9 @@ def train_and_evaluate(run: Run, display: Display) -> None:
     temporary = run.directory / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    root = run.directory.absolute() / "pipeline"
     environment = {
+        EARLIER_VARIABLE: broken_off_training(root),
         "TMPDIR": str(temporary.absolute()),
         ERROR_FILE_VARIABLE: str(error_file.absolute()),
         progress.VARIABLE: "1",
@@ -163,7 +165,6 @@ def train_and_evaluate(run: Run, display: Display) -> None:
     }
     output = _Output(run.directory / "logs", display)
     with _environment(environment), _quiet_kfp(output), contextlib.redirect_stdout(output):
-        root = run.directory.absolute() / "pipeline"
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str(root),
@@ -189,6 +190,13 @@ def train_and_evaluate(run: Run, display: Display) -> None:
         record = run.record(stage)
         assert record is not None
         display.finish(stage, record["seconds"], cached=stage not in output.executed)
+
+
+def broken_off_training(root: Path) -> str:
+    """Where the last attempt's training is, if it did not end: KFP has a new place for each attempt."""
+    attempts = sorted(root.glob("*/training"))
+    unfinished = attempts and not (attempts[-1] / "policy" / RECORD).exists()
+    return str(attempts[-1] / "policy") if unfinished else ""
 
 
 def features_of(data: Data) -> list[Path]:

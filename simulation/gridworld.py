@@ -110,9 +110,8 @@ def logged(seed: int, described: bool = False) -> Transitions:
     return Transitions(
         ["cell"], [] if described else ["right", "left", "down", "up"], ["reward"],
         state=cells.astype(np.float32)[:, None], action=action, propensity=BY_RANDOM[cells].max(1), possible=possible,
-        metrics=reward.astype(np.float32)[:, None], returns=np.zeros((len(cells), 1), np.float32),
-        time_diff=np.ones(len(cells)), terminal=terminal, truncated=truncated, ordinal=ordinal, mdp=of,
-        mdp_ids=[str(i) for i in range(mdp)],
+        metrics=reward.astype(np.float32)[:, None], time_diff=np.ones(len(cells)), terminal=terminal,
+        truncated=truncated, ordinal=ordinal, mdp=of, mdp_ids=[str(i) for i in range(mdp)],
     )  # fmt: skip
 
 

@@ -32,8 +32,10 @@ def training(
     """
     from components.summary import passed_on, publish
     from components.sweep.sweep import sweep_and_train
+    from components.training.launch import take_over
     from contracts.job import JobSpec
 
     spec = JobSpec.model_validate_json(job)
+    take_over(policy.path)
     sweep_and_train(spec, training_data.path, normalization.path, policy.path, warm_start)
     publish(policy, summary, record, version, **passed_on(training_data.metadata))

@@ -202,42 +202,51 @@ def _several(field: str, text: str, path: str, found: str, form: str) -> str:
 
 
 def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.StructType) -> DataFrame:
-    reader = spark.read
     root = _root(spark, path)
-    if root:
-        reader = reader.option("basePath", root)
+    options = {"basePath": root} if root else {}
     if form == "json":
-        # Lines are kept as well, for what they have beside the contract's columns.
-        lines = reader.text(path).where(F.col("value").rlike(r"\S"))
-        partitions = [name for name in lines.columns if name != "value"]
-        schema = _json_schema(data, wanted)
-        read = F.from_json("value", schema, {"columnNameOfCorruptRecord": _TORN})
-        return lines.select(read.alias("read"), "*").select(
-            *[f"read.`{name}`" for name in schema.names if name not in partitions],
-            *[F.col(f"`{name}`").alias(name, metadata={"partition": True}) for name in partitions],
-            F.col("value").alias(_TEXT),
-        )
+        return _load_json(spark, path, options, _json_schema(data, wanted))
     if form == "csv":
-        # Spark takes one file's header for all of them.
-        reader = reader.options(header=True, escape='"', multiLine=True, columnNameOfCorruptRecord=_TORN)
-        by_header: dict[tuple[str, ...], list[str]] = {}
-        whole = reader.csv(path)
-        for file in map(unquote, whole.inputFiles()):
-            alone = spark.read.options(header=True, escape='"', multiLine=True).csv(file)
-            by_header.setdefault(tuple(alone.columns), []).append(file)
-        below = [part for files in by_header.values() for part in files[0].split("/") if root and "=" in part]
+        return _load_csv(spark, path, options)
+    return spark.read.options(**options, mergeSchema=True).format(form).load(path)
 
-        def cells(names: tuple[str, ...]) -> T.StructType:
-            # A line with more cells than the header, or fewer, is told only by a schema that has a place for it; and a
-            # partition's column is not looked for in the file, where it may be too.
-            partitions = {part.split("=")[0] for part in below}
-            inside = [f"{name}_in_file" if name in partitions else name for name in names]
-            return T.StructType([T.StructField(name, T.StringType()) for name in [*inside, _TORN]])
 
-        return _union(
-            [reader.schema(cells(names)).csv(files) for names, files in by_header.items() if names] or [whole]
-        )
-    return reader.option("mergeSchema", True).format(form).load(path)
+def _load_json(spark: SparkSession, path: str, options: dict[str, str], schema: T.StructType) -> DataFrame:
+    """JSON lines, which are kept as well, for what they have beside the contract's columns."""
+    lines = spark.read.options(**options).text(path).where(F.col("value").rlike(r"\S"))
+    partitions = [name for name in lines.columns if name != "value"]
+    read = F.from_json("value", schema, {"columnNameOfCorruptRecord": _TORN})
+    return lines.select(read.alias("read"), "*").select(
+        *[f"read.`{name}`" for name in schema.names if name not in partitions],
+        *[F.col(f"`{name}`").alias(name, metadata={"partition": True}) for name in partitions],
+        F.col("value").alias(_TEXT),
+    )
+
+
+def _load_csv(spark: SparkSession, path: str, options: dict[str, str]) -> DataFrame:
+    """CSV files with a header each; Spark by itself takes one file's header for all of them."""
+    reading: dict[str, str | bool] = {
+        "header": True, "escape": '"', "multiLine": True, "columnNameOfCorruptRecord": _TORN
+    }  # fmt: skip
+    whole = spark.read.options(**reading, **options).csv(path)
+    by_header: dict[tuple[str, ...], list[str]] = {}
+    for file in map(unquote, whole.inputFiles()):
+        by_header.setdefault(tuple(spark.read.options(**reading).csv(file).columns), []).append(file)
+    below = [part for files in by_header.values() for part in files[0].split("/") if options and "=" in part]
+    partitions = {part.split("=")[0] for part in below}
+
+    def cells(names: tuple[str, ...]) -> T.StructType:
+        # A line with more cells than the header, or fewer, is told only by a schema that has a place for it; and a
+        # partition's column is not looked for in the file, where it may be too.
+        inside = [f"{name}_in_file" if name in partitions else name for name in names]
+        return T.StructType([T.StructField(name, T.StringType()) for name in [*inside, _TORN]])
+
+    frames = [
+        spark.read.options(**reading, **options).schema(cells(names)).csv(files)
+        for names, files in by_header.items()
+        if names
+    ]
+    return _union(frames or [whole])
 
 
 def _union(frames: list[DataFrame]) -> DataFrame:

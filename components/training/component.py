@@ -31,8 +31,9 @@ def training(
         record: The stage's end for a controller, as JSON.
     """
     from components.summary import passed_on, publish
-    from components.training.launch import train
+    from components.training.launch import take_over, train
     from contracts.job import JobSpec
 
+    take_over(policy.path)
     train(JobSpec.model_validate_json(job), training_data.path, normalization.path, policy.path, warm_start)
     publish(policy, summary, record, version, **passed_on(training_data.metadata))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from components.normalization.graph import NormalizationGraph
 from components.training.actions import Actions
-from components.training.algorithms.learner import Batch, Learner
+from components.training.algorithms.learner import Batch, Learner, Listed
 from contracts.progress import report
 
 LOSSES = "losses.jsonl"
@@ -22,7 +23,8 @@ class Figures:
     Per look: the mean loss since the one before, of the last batch the mean reward and score of the logged actions; and
     of a batch that stays the same, the probe: the mean distance of the logged actions' scores to their Monte-Carlo
     returns, those scores' deviation, the largest score; the size of the gradient. With each epoch, how often the policy
-    takes each action, or what it sets each number of an action to on average.
+    takes each action; or what it sets each number of an action to on average; or what the items that it takes are like
+    on average, by their normalized features, of an enum's values how often it takes such ones.
     """
 
     def __init__(
@@ -50,12 +52,22 @@ class Figures:
         self.losses.write(json.dumps({"step": step, "epoch": epoch} | figures) + "\n")
         for name, figure in figures.items():
             self.board.add_scalar(name, figure, step)
-        if ends_epoch and self.actions.names:
-            discrete = self.actions.space == "discrete"
-            counts = torch.bincount(action, minlength=len(self.actions.names)) if discrete else action.sum(0)
-            for name, share in zip(self.actions.names, (counts / len(action)).tolist(), strict=True):
-                self.board.add_scalar(f"greedy_action/{name}", share, step)
+        if ends_epoch:
+            for name, mean in self._taken(action).items():
+                self.board.add_scalar(f"greedy_action/{name}", mean, step)
         report(step, steps, f"epoch {epoch} td_loss {seen['td_loss']:.3f} mc_loss {figures['mc_loss']:.2f}")
+
+    def _taken(self, action: Tensor) -> dict[str, float]:
+        """The policy's actions on average, by name."""
+        names, means = self.actions.names, action
+        if isinstance(self.probe.possible, Listed):
+            assert self.actions.described
+            columns = NormalizationGraph(self.actions.described).output_columns
+            names = [feature if what == "value" else f"{feature} {what}" for feature, what in columns]
+            means = self.probe.possible.features.index_select(0, action.flatten())
+        elif self.actions.space == "discrete":
+            means = torch.nn.functional.one_hot(action, len(names)).float()
+        return dict(zip(names, means.mean(0).tolist(), strict=True))
 
     def close(self) -> None:
         self.board.close()

@@ -25,7 +25,7 @@ from components.training.figures import LOSSES
 from components.training.worker import CHECKPOINTS, check_fits, rewards_to_learn_from
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
-from contracts.stage import RECORD, StageError, code_version, read_record, stage
+from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, code_version, read_record, stage
 
 ROLE = "worker"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
@@ -67,7 +67,8 @@ def train(
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
         data, digest = open_columns(columns)
         check_fits(data, spec, rewards_to_learn_from(data, spec))
-        files = [*sorted(Path(normalization).glob("*spec.json")), *Path(warm_start or directory).glob(DESCRIPTION)]
+        files = sorted(Path(normalization).glob("*spec.json"))
+        files += Path(warm_start).glob(DESCRIPTION) if warm_start else []
         texts = [file.read_text() for file in files]
         _take_up(before, directory, [spec.model_dump_json(), digest, *texts, code_version()])
         app = torchrun(
@@ -102,6 +103,13 @@ def train(
             "warm_start": bundle["provenance"]["warm_start"],
             **(known or {}),
         }
+
+
+def take_over(output: str | Path) -> None:
+    """Move here what an attempt that was broken off has left where BLUEWHALE_EARLIER_TRAINING says."""
+    if earlier := os.environ.get(EARLIER_VARIABLE):
+        for part in Path(earlier).parent.glob(f"*{Path(earlier).name}*"):
+            part.rename(Path(output).with_name(part.name.replace(Path(earlier).name, Path(output).name)))
 
 
 def _set_aside(output: Path) -> Path:

@@ -127,7 +127,12 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
     """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
     if spec.action_space == "discrete":
         return Actions(list(spec.actions))
-    if spec.action_space in ("parametric", "slate"):
+    if isinstance(data.possible, Lists):
+        if alone := int((~data.possible.logged).sum()):
+            print(
+                f"possible_actions: {alone:,} of {len(data):,} decisions have none; what was taken stands for the best "
+                "there, too", file=sys.stderr,
+            )  # fmt: skip
         described = NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX])
         return Actions([], described=described, slate=spec.slate.size if spec.slate else None)
     if unknown := set(spec.action_bounds) - set(data.actions):
@@ -255,13 +260,11 @@ def run_worker(
     # Fixed atoms bound the values themselves; soft values hold entropy, too.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     most = math.inf if bounded else _most(data, spec, rewards)
-    returns = data.returns @ data.weight_vector(spec.reward.metric_weights) * np.float32(spec.training.reward_scale)
-    sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
-    monte_carlo = torch.from_numpy(returns if sequential else rewards)
     network = build_network(algorithm, normalization, actions).to(device)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, LOOKING_AHEAD)
-    store = build_store(data, network, rewards, data.discount(spec.reward), looks_ahead, everything)
+    discounts = data.discount(spec.reward)
+    store = build_store(data, network, rewards, discounts, looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
         raise StageError(
@@ -294,7 +297,7 @@ def run_worker(
         distributed.register_comm_hook(part, whole_batch_gradients)
         trainer.call = distributed
     _clear_up(output, rank, finished, spec.training.epochs)
-    probe = torch.from_numpy(probe_rows(usable, data))
+    probe = probe_rows(usable, data)
     provenance = {
         "seed": spec.seed,
         "code_version": code_version(),
@@ -311,14 +314,16 @@ def run_worker(
         actions.space, "keep double, or choose cql or bcq"
     )
     with torch.no_grad():
-        probed = store.batch(probe)
+        probed = store.batch(torch.from_numpy(probe))
     done = finished * per_epoch
     figures = None
     if rank == 0:
-        figures = Figures(output, learner, probed, monte_carlo[probe].to(device), actions, first=done + 1)
+        sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
+        monte_carlo = data.returns(probe, rewards, discounts) if sequential else rewards[probe]
+        figures = Figures(output, learner, probed, torch.from_numpy(monte_carlo).to(device), actions, first=done + 1)
     check = functools.partial(check_converges, most=most, advice=advice)
-    every = max(LOOK_STEPS, LOOK_ROWS // spec.training.batch_size)
-    for step in learn(trainer, store.batches(shuffled, done, steps), done, steps, per_epoch, every, figures, check):
+    batches = store.batches(shuffled, done, steps)
+    for step in learn(trainer, batches, done, steps, per_epoch, spec.training.batch_size, figures, check):
         if step % per_epoch == 0 and rank == 0:
             epoch = step // per_epoch
             learner.settle()
@@ -339,14 +344,15 @@ def learn(
     done: int,
     steps: int,
     per_epoch: int,
-    every: int,
+    batch_size: int,
     figures: Figures | None,
     check: Callable[..., None],
 ) -> Iterator[int]:
-    """Take a step with each batch, and look at the figures after `every` so many; yields each step's number.
+    """Take a step with each batch, and look at the figures now and then; yields each step's number.
 
-    `check` is told of each look, as `check_converges` is.
+    `batch_size` is that of all workers together. `check` is told of each look, as `check_converges` is.
     """
+    every = max(LOOK_STEPS, LOOK_ROWS // batch_size)
     recent: list[Tensor] = []
     losses: list[float] = []
     for step, batch in enumerate(batches, done + 1):

@@ -1,9 +1,18 @@
 """What the components' tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from contracts.stage import stage
+
+WriteStages = Callable[[Path, int, list[str], np.ndarray, np.ndarray], None]
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -13,3 +22,30 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def write_stages() -> WriteStages:
+    """Leaves what the features and normalization stages leave of MDPs of `steps` decisions each, by one feature x."""
+
+    def write(root: Path, steps: int, action: list[str], reward: np.ndarray, x: np.ndarray) -> None:
+        row = np.arange(len(x))
+        metrics = pa.array([[("reward", float(value))] for value in reward], pa.map_(pa.string(), pa.float64()))
+        table = pa.table(
+            {
+                "mdp_id": [f"mdp-{mdp:04}" for mdp in row // steps], "ordinal": row % steps + 1, "action": action,
+                "action_probability": np.full(len(x), 0.5), "possible_actions": pa.nulls(len(x), pa.list_(pa.string())),
+                "metrics": metrics, "returns": metrics, "time_diff": np.ones(len(x), np.int64),
+                "terminal": row % steps == steps - 1, "truncated": np.zeros(len(x), bool), "state_x": x,
+            }
+        )  # fmt: skip
+        with stage("features", root / "features") as (directory, facts):
+            (directory / "training").mkdir()
+            pq.write_table(table, directory / "training" / "part.parquet")
+            facts["features"] = ["x"]
+        with stage("normalization", root / "normalization") as (directory, _):
+            scale = {"mean": float(x.mean()), "stddev": float(x.std())}
+            column = FeatureNormalization(name="x", type="continuous", **scale, how="by hand", evidence={})
+            NormalizationSpec(inputs=["x"], features=[column]).write(directory / "spec.json")
+
+    return write

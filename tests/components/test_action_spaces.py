@@ -312,7 +312,7 @@ def test_items_that_are_described_alike_share_their_probability() -> None:
     nothing = np.zeros((1, 0), np.float32)
     data = Transitions(
         [], [], [], state=nothing, action=np.array([1]), propensity=np.ones(1), possible=lists, metrics=nothing,
-        returns=nothing, time_diff=np.ones(1), terminal=np.ones(1, bool), truncated=np.zeros(1, bool),
+        time_diff=np.ones(1), terminal=np.ones(1, bool), truncated=np.zeros(1, bool),
         ordinal=np.ones(1, np.int64), mdp=np.zeros(1, np.int64), mdp_ids=["a"],
     )  # fmt: skip
     assert taken_probability(chosen, data).tolist() == pytest.approx([0.8])

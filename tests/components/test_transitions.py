@@ -78,7 +78,7 @@ def test_a_row_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert data.state.tolist() == [[0.25, -2.0]]
     assert data.action.tolist() == [2]
     assert data.propensity.tolist() == [0.5]
-    assert data.metrics.tolist() == data.returns.tolist() == [[1.0]]
+    assert data.metrics.tolist() == [[1.0]]
     assert (data.terminal.tolist(), data.truncated.tolist()) == ([True], [False])
     assert [a.dtype for a in (data.state, data.metrics, data.action, data.propensity, data.possible)] == [
         np.float32,
@@ -97,12 +97,10 @@ def test_missing_features_and_propensities_are_nan(tmp_path: Path) -> None:
 
 def test_absent_metrics_and_absent_maps_count_as_zero(tmp_path: Path) -> None:
     metrics = [{"gain": 1.0, "cost": 2.0}, {}, None, {"cost": 3.0}, None]
-    returns = [{"gain": 9.0, "cost": 8.0}] * 5
-    rows = [row("a", i, metrics=m, returns=r) for i, (m, r) in enumerate(zip(metrics, returns, strict=True))]
-    data = load(tmp_path, rows)
+    returns = {"gain": 9.0, "cost": 8.0}
+    data = load(tmp_path, [row("a", i, metrics=m, returns=returns) for i, m in enumerate(metrics)])
     assert data.metric_names == ["cost", "gain"]
     assert data.metrics.tolist() == [[2, 1], [0, 0], [0, 0], [3, 0], [0, 0]]
-    assert data.returns.tolist() == [[8, 9]] * 5
 
 
 def test_a_metric_without_a_value_counts_as_zero(tmp_path: Path) -> None:
@@ -144,6 +142,15 @@ def test_the_reward_is_the_weighted_sum_of_the_metrics(tmp_path: Path) -> None:
     assert data.reward({"gain": 2.0, "cost": -0.5}).tolist() == [4.0]
     assert data.reward({"cost": 1.0}).tolist() == [4.0]
     assert data.weight_vector({"gain": 2.0}).tolist() == [0.0, 2.0]
+
+
+def test_returns_go_on_to_the_end_or_to_where_the_log_does_not_know_what_followed(tmp_path: Path) -> None:
+    ends = {2: {"truncated": True}, 4: {"terminal": True}}
+    data = load(tmp_path, [row("a", i, **ends.get(i, {})) for i in range(1, 5)] + [row("b", 1, terminal=True)])
+    rewards = np.array([1, 2, 4, 8, 16], np.float32)
+    discounts = np.array([0.5, 9.0, 0.25, 9.0, 9.0], np.float32)
+    assert data.returns(np.arange(5), rewards, discounts).tolist() == [2.0, 2.0, 6.0, 8.0, 16.0]
+    assert data.returns(np.array([3, 0]), rewards, discounts).tolist() == [8.0, 2.0]
 
 
 def test_a_metric_that_the_log_does_not_have_is_refused_with_those_it_has(tmp_path: Path) -> None:

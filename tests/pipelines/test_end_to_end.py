@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -151,14 +152,16 @@ def test_the_same_seed_gives_the_same_weights_and_finished_stages_are_not_redone
 
 
 def test_a_harmful_policy_is_stopped_by_the_gate_and_without_it_rolled_back(workplace):
-    stopped = bluewhale("run", EXAMPLES / "cartpole-harmful.yaml", cwd=workplace)
+    harmful = EXAMPLES / "cartpole-harmful.yaml"
+    stopped = bluewhale("run", harmful, cwd=workplace)
     assert stopped.returncode == 3, stopped.stderr
     assert "Stopped by the gate" in stopped.stderr
     assert result(workplace, "cartpole-harmful")["verdict"] == "stopped_by_gate"
     assert "rollout" not in result(workplace, "cartpole-harmful")
 
     ungated = workplace / "ungated.yaml"
-    ungated.write_text((EXAMPLES / "cartpole-harmful.yaml").read_text().replace("enabled: true", "enabled: false"))
+    changes = ("enabled: true", "enabled: false"), ("  evaluation:\n", "  evaluation:\n    fittedQSteps: 50\n")
+    ungated.write_text(functools.reduce(lambda text, change: text.replace(*change), changes, harmful.read_text()))
     rolled_back = bluewhale("run", ungated, cwd=workplace)
     assert rolled_back.returncode == 4, rolled_back.stderr
     rollout = result(workplace, "cartpole-harmful")["rollout"]
@@ -205,20 +208,31 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     log = workplace / "broken.parquet"
     pq.write_table(pa.concat_tables([kept, bad]), log)
     path = small_job(workplace, "broken", decisionLog=str(log))
+    path.write_text(path.read_text().replace("stepsPerEpoch: 50", "stepsPerEpoch: 1000"))
 
     command = [sys.executable, "-m", "pipelines.cli", "run", str(path)]
     environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"} | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     run = workplace / "runs" / "broken"
-    assert wait_until(lambda: "Executing task 'features'" in _read(run / "logs" / "features.log"), 180)
-    assert wait_until(lambda: engines_under(workplace), 30)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert wait_until(lambda: not engines_under(workplace), 20), engines_under(workplace)
+    seen = {
+        "features": lambda: "Executing task 'features'" in _read(run / "logs" / "features.log"),
+        "training": lambda: list(run.glob("pipeline/*/training/policy/checkpoints/[0-9]*")),
+    }
+    for begun in seen.values():
+        killed = subprocess.Popen(
+            command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        assert wait_until(begun, 180)
+        assert wait_until(lambda: engines_under(workplace), 30)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        at = time.time()
+        assert wait_until(lambda: not engines_under(workplace), 20), engines_under(workplace)
 
     done = bluewhale("run", path, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("finished before") == 1, "the timeline was finished when the run was killed"
+    assert done.stderr.count("finished before") == 4, "all before training was finished when the run was killed"
+    first, last = (run / "training" / "epochs" / f"{epoch:03d}" / "bundle.json" for epoch in (1, 2))
+    assert first.stat().st_mtime < at < last.stat().st_mtime, "training goes on after its last finished epoch"
     counts = result(workplace, "broken")["timeline"]
     assert counts["rows_in"] == len(table)
     assert counts["rows_in"] == counts["rows_out"] + counts["rows_quarantined"]

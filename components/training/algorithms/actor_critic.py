@@ -135,7 +135,14 @@ class TD3Learner(DDPGLearner):
 
     def __init__(self, network: ActorCriticNetwork, config: job.TD3) -> None:
         super().__init__(network, config)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # Counted here, not on the device, which would have to be asked for it at each step.
+        self.steps = 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
 
     def next_value(self, batch: Batch) -> Tensor:
         action = self.target.actor.unit(batch.next_state)
@@ -145,8 +152,8 @@ class TD3Learner(DDPGLearner):
         return lowest
 
     def actor_loss(self, batch: Batch) -> Tensor:
-        self.get_buffer("steps").add_(1)
-        if self.get_buffer("steps") % self.config.policy_delay:
+        self.steps += 1
+        if self.steps % self.config.policy_delay:
             return batch.reward.new_zeros(())
         return self.delayed_actor_loss(batch)
 
@@ -155,7 +162,7 @@ class TD3Learner(DDPGLearner):
 
     def follow(self) -> None:
         # What follows moves with the actor.
-        if self.get_buffer("steps") % self.config.policy_delay == 0:
+        if self.steps % self.config.policy_delay == 0:
             super().follow()
 
 

@@ -24,6 +24,11 @@ class Listed:
     row: Tensor  # int64 [T], the decision that each belongs to, in rising order
     decisions: int  # B
 
+    def extents(self) -> tuple[Tensor, Tensor]:
+        """How long each list is, int64 [B], and where it begins, int64 [B]."""
+        lengths = torch.bincount(self.row, minlength=self.decisions)
+        return lengths, lengths.cumsum(0) - lengths
+
 
 Possible = Tensor | Listed | None
 """Of discrete actions, bool [B, A], or None where all are possible; of described ones their lists."""
@@ -72,7 +77,8 @@ class Learner(nn.Module):
         return self.network
 
     def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of the logged actions, [B], and of the policy's own, [B], and those: [B], or in their units [B, D]."""
+        """Scores of the logged actions, [B], and of the policy's own, [B], and those, as in a batch; numbers in their
+        units."""
         scores = score(self.network, batch.state, batch.possible)
         own = best(scores, batch.possible)
         if self.valuing is not self.network:

@@ -92,7 +92,6 @@ def rows(mdp: list[int], truncated: list[int], ordinal: list[int]) -> Transition
         propensity=np.full(n, 0.5),
         possible=np.ones((n, 2), bool),
         metrics=np.ones((n, 1), np.float32),
-        returns=np.ones((n, 1), np.float32),
         time_diff=np.ones(n),
         terminal=last & ~cut,
         truncated=cut,

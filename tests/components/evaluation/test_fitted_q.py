@@ -38,7 +38,6 @@ def transitions(log: Log) -> Transitions:
         propensity=MODEL.behaviour[log.state, log.action],
         possible=np.ones((n, 2), bool),
         metrics=metrics.astype(np.float32),
-        returns=metrics.astype(np.float32),
         time_diff=np.ones(n),
         terminal=log.ends(),
         truncated=np.zeros(n, bool),

@@ -1,21 +1,19 @@
 """A sweep finds better settings than the job's own, looks at no MDP of the gate, and goes on after a kill."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from components.columns import load_transitions
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
 from components.transitions import held_out
 from contracts.job import JobSpec
-from contracts.stage import StageError, read_record, stage
+from contracts.stage import StageError, read_record
 
 MDPS = 400
 JOB: dict[str, Any] = {
@@ -38,34 +36,11 @@ SPEC = JobSpec.model_validate(JOB)
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stages(tmp_path_factory: pytest.TempPathFactory, write_stages: Callable[..., None]) -> Path:
     """One decision for each MDP; right is right where x is positive."""
     root, rng = tmp_path_factory.mktemp("stages"), np.random.default_rng(0)
     x, action = rng.normal(size=MDPS), rng.integers(2, size=MDPS)
-    reward = [[("reward", float(a == (v > 0)))] for v, a in zip(x, action, strict=True)]
-    as_map = pa.map_(pa.string(), pa.float64())
-    table = pa.table(
-        {
-            "mdp_id": [f"mdp-{m:04}" for m in range(MDPS)],
-            "ordinal": np.ones(MDPS, np.int64),
-            "action": [SPEC.actions[a] for a in action],
-            "action_probability": np.full(MDPS, 0.5),
-            "possible_actions": pa.nulls(MDPS, pa.list_(pa.string())),
-            "metrics": pa.array(reward, as_map),
-            "returns": pa.array(reward, as_map),
-            "time_diff": pa.nulls(MDPS, pa.int64()),
-            "terminal": np.ones(MDPS, bool),
-            "truncated": np.zeros(MDPS, bool),
-            "state_x": x,
-        }
-    )
-    with stage("features", root / "features") as (directory, facts):
-        (directory / "training").mkdir()
-        pq.write_table(table, directory / "training" / "part.parquet")
-        facts["features"] = ["x"]
-    with stage("normalization", root / "normalization") as (directory, _):
-        column = FeatureNormalization(name="x", type="continuous", how="by hand", evidence={})
-        NormalizationSpec(inputs=["x"], features=[column]).write(directory / "spec.json")
+    write_stages(root, 1, [SPEC.actions[a] for a in action], action == (x > 0), x)
     return root
 
 

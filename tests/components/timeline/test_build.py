@@ -373,16 +373,21 @@ class TestWhatTheJobLeavesOut:
         assert {row["mdp_id"] for row in rows} == kept
 
 
+MOST_STEPS = 2**31 - 1
+"""As many as Spark can look ahead."""
+
+
 class TestReturnsAhead:
     def test_over_n_decisions(self, followed):
         rewards = [1.0, 2.0, 4.0, 8.0, 16.0]
         rows = followed(
             *[decision(step=i, metrics={"reward": r}) for i, r in enumerate(rewards)],
-            reward={"discount": 0.5}, data={"nSteps": [1, 3]},
+            reward={"discount": 0.5}, data={"nSteps": [1, 3, MOST_STEPS]},
         )  # fmt: skip
         assert [row["returns_1"]["reward"] for row in rows] == pytest.approx(rewards, rel=1e-12)
         expected = [sum(r * 0.5**k for k, r in enumerate(rewards[i : i + 3])) for i in range(5)]
         assert [row["returns_3"]["reward"] for row in rows] == pytest.approx(expected), "an end adds nothing more"
+        assert [row[f"returns_{MOST_STEPS}"] for row in rows] == [row["returns"] for row in rows]
 
     def test_are_not_known_where_the_log_breaks_off_before(self, followed):
         cut = followed(*[decision(step=i) for i in range(4)], data={"nSteps": [2], "lastStep": "truncated"})

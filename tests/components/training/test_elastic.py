@@ -12,17 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from components.columns import write_columns
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.launch import ELASTIC
 from components.training.worker import CHECKPOINTS, LOOK_ROWS
 from contracts.job import JobSpec
-from contracts.stage import stage
 
 ROOT = Path(__file__).parents[3]
 EPOCHS, STEPS = 30, 250
@@ -36,29 +32,14 @@ SPEC = JobSpec.model_validate(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, write_stages: Callable[..., None]) -> Path:
     """Columns and normalization of a log whose MDPs are walks of five steps: to the right pays."""
     root, n = tmp_path_factory.mktemp("elastic"), 2_000
     rng = np.random.default_rng(0)
-    action, step = rng.integers(2, size=n), np.arange(n) % 5
-    reward = pa.array([[("reward", float(a))] for a in action], pa.map_(pa.string(), pa.float64()))
-    table = pa.table(
-        {
-            "mdp_id": [f"mdp-{row // 5:03}" for row in range(n)], "ordinal": step + 1,
-            "action": [SPEC.actions[a] for a in action], "action_probability": np.full(n, 0.5),
-            "possible_actions": pa.nulls(n, pa.list_(pa.string())), "metrics": reward, "returns": reward,
-            "time_diff": np.ones(n), "terminal": step == 4, "truncated": np.zeros(n, bool),
-            "state_x": step + rng.normal(scale=0.1, size=n),
-        }
-    )  # fmt: skip
-    with stage("features", root / "features") as (directory, facts):
-        (directory / "training").mkdir()
-        pq.write_table(table, directory / "training" / "part.parquet")
-        facts["features"] = ["x"]
+    action = rng.integers(2, size=n)
+    x = np.arange(n) % 5 + rng.normal(scale=0.1, size=n)
+    write_stages(root, 5, [SPEC.actions[a] for a in action], action, x)
     write_columns(root / "features", SPEC, root / "columns")
-    x = FeatureNormalization(name="x", type="continuous", mean=2.0, stddev=1.5, how="by hand", evidence={})
-    (root / "normalization").mkdir()
-    NormalizationSpec(inputs=["x"], features=[x]).write(root / "normalization" / "spec.json")
     (root / "job.json").write_text(SPEC.model_dump_json(by_alias=True))
     return root
 

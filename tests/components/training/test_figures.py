@@ -1,5 +1,6 @@
 """What people watch while a policy is trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
-from components.training.algorithms.learner import Batch
+from components.training.algorithms.learner import Batch, Listed
 from components.training.algorithms.values import DQNLearner
 from components.training.figures import Figures
 from components.training.network import QNetwork
@@ -67,6 +69,24 @@ def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
             figures.write(step, 200, 1, False, SEEN)
         figures.close()
     assert [step for step, _ in curves(tmp_path)["td_loss"]] == [50, 100, 150, 200]
+
+
+@pytest.mark.parametrize("action", [[1, 2], [[1, 0], [2, 4]]])
+def test_of_items_it_shows_what_those_are_like_that_the_policy_takes(tmp_path: Path, action: list[object]) -> None:
+    topic = FeatureNormalization(name="topic", type="enum", values=[3.0, 5.0], how="by hand", evidence={})
+    price = FeatureNormalization(name="price", type="continuous", how="by hand", evidence={})
+    described = NormalizationSpec(inputs=["price", "topic"], features=[price, topic])
+    items = torch.tensor([[1.0, 1, 0, 0], [2, 0, 1, 0], [4, 1, 0, 0], [8, 0, 0, 1], [16, 0, 0, 1]])
+    batch = replace(probe(2), possible=Listed(items, torch.tensor([0, 0, 1, 1, 1]), 2))
+    taken, made = torch.tensor(action), learner()
+    made.examine = lambda _: (torch.zeros(2), torch.zeros(2), taken)  # type: ignore[method-assign]
+    figures = Figures(tmp_path, made, batch, torch.zeros(2), Actions([], described=described))
+    figures.write(50, 50, 1, True, SEEN)
+    figures.close()
+    means = items[taken.flatten()].mean(0)
+    names = ("price", "topic value 3", "topic value 5", "topic other value")
+    found = {name: curves(tmp_path)[f"greedy_action/{name}"] for name in names}
+    assert found == {name: [(50, mean)] for name, mean in zip(names, means.tolist(), strict=True)}
 
 
 def test_of_numbers_it_shows_what_the_policy_sets_them_to(tmp_path: Path) -> None:

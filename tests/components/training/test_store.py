@@ -32,7 +32,7 @@ def transitions(n: int, truncated: list[int], state: np.ndarray | None = None) -
     return Transitions(
         ["x"], ["a", "b"], ["reward"], state=np.ones((n, 1), np.float32) if state is None else state,
         action=np.arange(n) % 2, propensity=np.ones(n), possible=np.ones((n, 2), bool),
-        metrics=np.ones((n, 1), np.float32), returns=np.ones((n, 1), np.float32), time_diff=np.ones(n),
+        metrics=np.ones((n, 1), np.float32), time_diff=np.ones(n),
         terminal=np.zeros(n, bool), truncated=np.isin(np.arange(n), truncated), ordinal=np.arange(1, n + 1),
         mdp=np.zeros(n, int), mdp_ids=["m"],
     )  # fmt: skip

@@ -7,24 +7,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from components.columns import write_columns
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.batches import Shuffled
 from components.training.trainer import missing_to_compile
 from components.training.worker import CHECKPOINTS, check_converges, check_fits, rewards_to_learn_from
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
-from contracts.stage import StageError, stage
+from contracts.stage import StageError
 
 ROOT = Path(__file__).parents[3]
 ROWS = np.arange(100, 160)
@@ -109,39 +107,16 @@ SPEC = JobSpec.model_validate(
         "training": {"batchSize": 15, "epochs": 4, "stepsPerEpoch": 40},
     }
 )
-NORMALIZATION = NormalizationSpec(
-    inputs=["x"], features=[FeatureNormalization(name="x", type="continuous", how="by hand", evidence={})]
-)
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stages(tmp_path_factory: pytest.TempPathFactory, write_stages: Callable[..., None]) -> Path:
     """The features and normalization stages of a small random log."""
     root, n = tmp_path_factory.mktemp("stages"), 400
     generator = np.random.default_rng(0)
-    metrics = [[("reward", float(value))] for value in generator.normal(size=n)]
-    table = pa.table(
-        {
-            "mdp_id": [f"mdp-{row // 4:03}" for row in range(n)],
-            "ordinal": [row % 4 + 1 for row in range(n)],
-            "action": [SPEC.actions[a] for a in generator.integers(2, size=n)],
-            "action_probability": np.full(n, 0.5),
-            "possible_actions": pa.nulls(n, pa.list_(pa.string())),
-            "metrics": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
-            "returns": pa.array(metrics, pa.map_(pa.string(), pa.float64())),
-            "time_diff": np.ones(n, np.int64),
-            "terminal": [row % 4 == 3 for row in range(n)],
-            "truncated": np.zeros(n, bool),
-            "state_x": generator.normal(size=n),
-        }
-    )
-    with stage("features", root / "features") as (directory, facts):
-        (directory / "training").mkdir()
-        pq.write_table(table, directory / "training" / "part.parquet")
-        facts["features"] = ["x"]
+    action = [SPEC.actions[a] for a in generator.integers(2, size=n)]
+    write_stages(root, 4, action, generator.normal(size=n), generator.normal(size=n))
     write_columns(root / "features", SPEC, root / "columns")
-    with stage("normalization", root / "normalization") as (directory, _):
-        NORMALIZATION.write(directory / "spec.json")
     return root
 
 
@@ -250,7 +225,7 @@ def test_workers_that_come_when_all_is_done_change_nothing(
 
 def transitions(actions: list[int], truncated: bool = False) -> Transitions:
     n = len(actions)
-    zeros = {name: np.zeros((n, 1), np.float32) for name in ("state", "metrics", "returns")}
+    zeros = {name: np.zeros((n, 1), np.float32) for name in ("state", "metrics")}
     return Transitions(
         ["x"], ["left", "right"], ["reward"], action=np.array(actions), propensity=np.ones(n),
         possible=np.ones((n, 2), bool), time_diff=np.ones(n), terminal=np.zeros(n, bool),

@@ -46,7 +46,6 @@ def process(mdps: int, seed: int, action: float = 1.0, memory: float = 0.0, stat
         propensity=np.full(mdps * LENGTH, 0.5),
         possible=np.ones((mdps * LENGTH, 2), bool),
         metrics=reward.astype(np.float32),
-        returns=reward.astype(np.float32),
         time_diff=np.ones(len(last)),
         terminal=np.zeros_like(last),
         truncated=last,
