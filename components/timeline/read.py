@@ -174,7 +174,14 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
                 raise StageError(f"{field} {name}: no such table in Spark's catalog")
         return _union([spark.table(name) for name in paths])
     for path in paths:
-        if not _statuses(spark, path):
+        try:
+            there = _statuses(spark, path)
+        except Py4JJavaError as error:
+            raise StageError(
+                f"{field} {path}: it cannot be reached; an object store needs its connector among Spark's jars, and "
+                f"credentials: {_said(error)}"
+            ) from None
+        if not there:
             raise StageError(f"{field} {path}: no such file or directory")
     if form == "auto":
         told = {path: found for path in paths if (found := _form(spark, path))}
@@ -190,11 +197,15 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
                     raise StageError(_several(field, text, unquote(file), found, form))
         return whole
     except (PySparkException, Py4JJavaError) as error:
-        said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
         raise StageError(
             f"{field} {text}: the files cannot be read together as {form}; where a column's type differs between "
-            f"files, write them anew with one: {' '.join(said.split())[:600]}"
+            f"files, write them anew with one: {_said(error)}"
         ) from None
+
+
+def _said(error: Exception) -> str:
+    said = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
+    return " ".join(str(said).split())[:600]
 
 
 def _several(field: str, text: str, path: str, found: str, form: str) -> str:

@@ -141,6 +141,29 @@ class TestTheForms:
         with pytest.raises(StageError, match=r"data\.decisionLog .*nowhere: no such file"):
             read(spark, f"{path},{tmp_path}/nowhere")
 
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+    def test_what_lies_in_another_file_system(self, spark, tmp_path, suffix):
+        """Hadoop's view of several: URIs with a scheme and a place, as those of object stores."""
+        settings = spark._jsc.hadoopConfiguration()
+        settings.set(f"fs.viewfs.mounttable.{suffix}.link./lake", f"file://{tmp_path}")
+        day = tmp_path / "the logs" / "ds=2026-01-02"
+        day.mkdir(parents=True)
+        rows = [{"mdp_id": "a", "sequence_number": 1, "action": "left"}]
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), day / "a.parquet")
+        elif suffix == "csv":
+            (day / "a.csv").write_text("mdp_id,sequence_number,action\na,1,left\n")
+        else:
+            jsonl(day / "a.jsonl", *rows)
+        for path in ("the logs", "the logs/ds=2026-*", f"the logs/ds=2026-01-02/a.{suffix}"):
+            [row] = read(spark, f"viewfs://{suffix}/lake/{path}")
+            assert (row["mdp_id"], row["action"]) == ("a", "left"), path
+
+    @pytest.mark.parametrize("uri", ["s3a://logs/decisions", "unheard-of://logs/decisions"])
+    def test_a_store_without_its_connector_says_what_is_missing(self, spark, uri):
+        with pytest.raises(StageError, match=rf"data\.decisionLog {uri}: it cannot be reached.*connector among Spark"):
+            read(spark, uri)
+
     def test_reagent_s_rows_as_they_are(self, spark, tmp_path):
         rows = [
             {

@@ -124,11 +124,16 @@ def test_the_noise_on_a_targets_action_is_limited() -> None:
 
 
 def test_the_delayed_actor_moves_every_second_step() -> None:
-    learner = TD3Learner(network(0.25, (1.0, 0.0), (1.0, 0.0)), TD3(policyDelay=2))
-    trainer = Trainer(learner, 0.1)
     seen = []
+    state = None
     for _ in range(4):
+        # Each in a process of its own, as after a kill: the steps go on to be counted.
+        learner = TD3Learner(network(0.25, (1.0, 0.0), (1.0, 0.0)), TD3(policyDelay=2))
+        trainer = Trainer(learner, 0.1)
+        if state:
+            trainer.load_state(state)
         trainer.step(batch())
+        state = trainer.state()
         seen.append(learner.network.actor.network.values.item())
     assert seen[0] == pytest.approx(math.atanh(0.25))
     assert seen[1] > seen[0]
