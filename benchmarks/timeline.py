@@ -2,6 +2,7 @@
 
     export PYTHONPATH=.
     python benchmarks/timeline.py --rows 1000000 --features 50 --repeats 3
+    python benchmarks/timeline.py --rows 1000000 --format json --ours bare timeline
     python benchmarks/timeline.py --rows 1000000 10000000 --against duckdb polars --python .venv-bench/bin/python
 
 Each measurement is a process of its own, JVM and imports included; they take turns. Printed are seconds, the most
@@ -24,11 +25,15 @@ from typing import Any
 from benchmarks.measure import Measured, measure
 
 LENGTH = 50  # decisions of an MDP, on average
+COLUMNS = (
+    "mdp_id string, sequence_number bigint, event_time timestamp, state_features map<string,double>, action string, "
+    "action_probability double, metrics map<string,double>"
+)
 OURS = ("bare", "timeline", "full rows")
 OTHERS = {name: Path(__file__).with_name(f"timeline_{name}.py") for name in ("duckdb", "polars")}
 
 
-def generate(path: str, rows: int, features: int, skew: float) -> None:
+def generate(path: str, rows: int, features: int, skew: float, form: str) -> None:
     """A log of normal features, two metrics and two actions; one MDP holds the share `skew` of all rows."""
     from pyspark.sql import functions as F
 
@@ -47,15 +52,16 @@ def generate(path: str, rows: int, features: int, skew: float) -> None:
             F.when(F.rand(2) < 0.5, "left").otherwise("right").alias("action"),
             F.lit(0.5).alias("action_probability"),
             F.create_map(F.lit("reward"), F.rand(3), F.lit("clicks"), F.rand(4)).alias("metrics"),
-        ).write.parquet(path)
+        ).write.format(form).save(path)
 
 
 def bare(log: str, output: str) -> None:
     from components.spark import spark_session
 
     with spark_session("bare") as spark:
-        rows = spark.read.parquet(log).repartition("mdp_id").sortWithinPartitions("mdp_id", "sequence_number")
-        rows.write.parquet(output)
+        # Not given the columns, Spark would read all JSON lines to find them.
+        rows = spark.read.schema(COLUMNS).json(log) if any(Path(log).glob("*.json")) else spark.read.parquet(log)
+        rows.repartition("mdp_id").sortWithinPartitions("mdp_id", "sequence_number").write.parquet(output)
 
 
 def timeline(log: str, output: str, full: bool = False) -> None:
@@ -78,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--features", type=int, default=50)
+    parser.add_argument("--format", choices=("parquet", "json"), default="parquet", help="of the log")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skew", type=float, default=0.0, help="share of all rows that one MDP holds")
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
@@ -86,6 +93,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.format != "parquet" and arguments.against:
+        parser.error("the other engines are measured on Parquet")
     if arguments.measure:
         run(*arguments.measure)
         return
@@ -94,7 +103,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             log, output = str(Path(directory) / "log"), str(Path(directory) / "output")
             # In a process of its own: a JVM that is there already would be warm.
-            call = f"generate({log!r}, {rows}, {arguments.features}, {arguments.skew})"
+            call = f"generate({log!r}, {rows}, {arguments.features}, {arguments.skew}, {arguments.format!r})"
             code = f"from benchmarks.timeline import generate; {call}"
             subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
             found: dict[str, list[Measured | None]] = {}

@@ -10,6 +10,9 @@ from contracts.hashing import unit_interval
 from contracts.job import JobSpec, Reward
 from contracts.stage import StageError
 
+UNKNOWN = 0.01
+"""What the value of a state that is not known may count for in a return that counts as known."""
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -69,16 +72,17 @@ class Transitions:
         return np.where(self.terminal | self.truncated, rows, np.minimum(rows + 1, len(self) - 1))
 
     def returns(self, rows: np.ndarray, rewards: np.ndarray, discounts: np.ndarray) -> np.ndarray:
-        """float32 [len(rows)]: discounted sums of rewards [N] from these rows on, to where no more is known.
+        """float32 [len(rows)]: discounted sums of the rewards [N] from these rows to their MDPs' ends.
 
-        `discounts` [N] are those of `discount`.
+        NaN where the log breaks off before, unless what came later counts for less than a hundredth. `discounts` [N]
+        are those of `discount`.
         """
         ends = np.flatnonzero(self.terminal | self.truncated)
-        lasts = ends[np.searchsorted(ends, rows)]
-        found = [
-            rewards[row] + np.cumprod(discounts[row:last], dtype=np.float64) @ rewards[row + 1 : last + 1]
-            for row, last in zip(rows.tolist(), lasts.tolist(), strict=True)
-        ]
+        found = []
+        for row, end in zip(rows.tolist(), ends[np.searchsorted(ends, rows)].tolist(), strict=True):
+            factors = np.cumprod(discounts[row:end], dtype=np.float64)
+            known = self.terminal[end] or (len(factors) and factors[-1] < UNKNOWN)
+            found.append(rewards[row] + factors @ rewards[row + 1 : end + 1] if known else np.nan)
         return np.array(found, np.float32)
 
     def discount(self, reward: Reward) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import itertools
 import json
 import logging
 import os
@@ -154,7 +155,7 @@ def train_and_evaluate(run: Run, display: Display) -> None:
     temporary.mkdir()
     root = run.directory.absolute() / "pipeline"
     environment = {
-        EARLIER_VARIABLE: broken_off_training(root),
+        EARLIER_VARIABLE: os.pathsep.join(broken_off_trainings(root)),
         "TMPDIR": str(temporary.absolute()),
         ERROR_FILE_VARIABLE: str(error_file.absolute()),
         progress.VARIABLE: "1",
@@ -192,11 +193,10 @@ def train_and_evaluate(run: Run, display: Display) -> None:
         display.finish(stage, record["seconds"], cached=stage not in output.executed)
 
 
-def broken_off_training(root: Path) -> str:
-    """Where the last attempt's training is, if it did not end: KFP has a new place for each attempt."""
-    attempts = sorted(root.glob("*/training"))
-    unfinished = attempts and not (attempts[-1] / "policy" / RECORD).exists()
-    return str(attempts[-1] / "policy") if unfinished else ""
+def broken_off_trainings(root: Path) -> list[str]:
+    """Where the trainings since the last finished one are, the last first: KFP has a new place for each attempt."""
+    attempts = sorted(root.glob("*/training"), reverse=True)
+    return [str(place) for place in itertools.takewhile(lambda a: not (a / "policy" / RECORD).exists(), attempts)]
 
 
 def features_of(data: Data) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _losses(losses: list[dict[str, float]]) -> str:
     figure, axes = plt.subplots(1, 3, figsize=(13, 2.7))
     titles = {"td_loss": "Temporal-difference loss", "mc_loss": "Monte-Carlo loss", "q_mean": "Mean Q-value"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.plot([p["step"] for p in losses], [p[name] for p in losses], color=COLOURS[0], linewidth=1.2)
+        axis.plot([p["step"] for p in losses], [p.get(name, math.nan) for p in losses], color=COLOURS[0], linewidth=1.2)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
     return _svg(figure)

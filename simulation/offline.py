@@ -45,6 +45,7 @@ NETWORK: dict[str, Any] = {"hiddenLayers": [256, 256]}
 PLAIN = NETWORK | {"dueling": False}
 FAR = {"steps": 3, "targetUpdateRate": 0.02}
 """Values reach further in as many steps, where nothing makes them run away."""
+FARTHER = FAR | {"steps": 10}
 REDUCED = ", bfloat16"
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "behaviour cloning": {"behaviourCloning": NETWORK},
@@ -52,10 +53,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "double DQN": {"dqn": PLAIN},
     "dueling double DQN": {"dqn": NETWORK},
     "3-step double DQN": {"dqn": PLAIN | {"steps": 3}},
+    "10-step double DQN": {"dqn": PLAIN | FARTHER},
     "noisy double DQN": {"dqn": PLAIN | {"noisy": True}},
     "C51": {"c51": PLAIN | {"atoms": 21, "lowestReturn": 0.0, "highestReturn": 100.0}},
     "QR-DQN": {"qrDqn": PLAIN | {"quantiles": 11}},
     "BCQ": {"bcq": PLAIN},
+    "10-step BCQ": {"bcq": PLAIN | FARTHER},
     "CQL": {"cql": PLAIN},
     "3-step CQL": {"cql": PLAIN | FAR},
     "3-step CQL" + REDUCED: {"cql": PLAIN | FAR},

@@ -36,6 +36,6 @@ def training(
     from contracts.job import JobSpec
 
     spec = JobSpec.model_validate_json(job)
-    take_over(policy.path)
+    take_over(policy.path, f"{policy.path}.sweep")
     sweep_and_train(spec, training_data.path, normalization.path, policy.path, warm_start)
     publish(policy, summary, record, version, **passed_on(training_data.metadata))

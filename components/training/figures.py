@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -22,9 +23,10 @@ class Figures:
 
     Per look: the mean loss since the one before, of the last batch the mean reward and score of the logged actions; and
     of a batch that stays the same, the probe: the mean distance of the logged actions' scores to their Monte-Carlo
-    returns, those scores' deviation, the largest score; the size of the gradient. With each epoch, how often the policy
-    takes each action; or what it sets each number of an action to on average; or what the items that it takes are like
-    on average, by their normalized features, of an enum's values how often it takes such ones.
+    returns, where those are known, those scores' deviation, the largest score; the size of the gradient. With each
+    epoch, how often the policy takes each action; or what it sets each number of an action to on average; or what the
+    items that it takes are like on average, by their normalized features, of an enum's values how often it takes such
+    ones.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Figures:
             logged, best, action = self.learner.examine(self.probe)
         self.learner.network.train()
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
+        distance = (logged - self.returns).abs().nanmean().item()
         figures = seen | {
-            "mc_loss": (logged - self.returns).abs().mean().item(),
+            **({} if math.isnan(distance) else {"mc_loss": distance}),
             "q_stddev": logged.std().item(),
             "q_maximum": best.max().item(),
             "gradient_norm": torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0,
@@ -55,7 +58,8 @@ class Figures:
         if ends_epoch:
             for name, mean in self._taken(action).items():
                 self.board.add_scalar(f"greedy_action/{name}", mean, step)
-        report(step, steps, f"epoch {epoch} td_loss {seen['td_loss']:.3f} mc_loss {figures['mc_loss']:.2f}")
+        losses = [f"{name} {figures[name]:.3g}" for name in ("td_loss", "mc_loss") if name in figures]
+        report(step, steps, f"epoch {epoch} {' '.join(losses)}")
 
     def _taken(self, action: Tensor) -> dict[str, float]:
         """The policy's actions on average, by name."""

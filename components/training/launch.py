@@ -22,7 +22,8 @@ from torchx.specs import AppState, Resource, VolumeMount
 from components.columns import open_columns, write_columns
 from components.training.bundle import DESCRIPTION
 from components.training.figures import LOSSES
-from components.training.worker import CHECKPOINTS, check_fits, rewards_to_learn_from
+from components.training.fits import check_fits
+from components.training.worker import CHECKPOINTS, rewards_to_learn_from
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
 from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, code_version, read_record, stage
@@ -105,35 +106,45 @@ def train(
         }
 
 
-def take_over(output: str | Path) -> None:
-    """Move here what an attempt that was broken off has left where BLUEWHALE_EARLIER_TRAINING says."""
-    if earlier := os.environ.get(EARLIER_VARIABLE):
-        for part in Path(earlier).parent.glob(f"*{Path(earlier).name}*"):
-            part.rename(Path(output).with_name(part.name.replace(Path(earlier).name, Path(output).name)))
+def take_over(*outputs: str | Path) -> None:
+    """Move here what attempts that were broken off have left beside each other, for `train` to go on with.
+
+    BLUEWHALE_EARLIER_TRAINING names their directories, the last one's first.
+    """
+    places = [part for output in map(Path, outputs) for part in (output, _aside(output))]
+    for directory in filter(None, os.environ.get(EARLIER_VARIABLE, "").split(os.pathsep)):
+        for place in places:
+            if (left := Path(directory) / place.name).exists() and not place.exists():
+                left.rename(place)
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.before")
 
 
 def _set_aside(output: Path) -> Path:
     """Where that is which a training that was broken off has left at `output`, if it has: a stage begins afresh."""
-    before = output.with_name(f".{output.name}.before")
-    if (output / CHECKPOINTS).is_dir() and not (output / RECORD).exists():
-        shutil.rmtree(before, ignore_errors=True)
-        before.mkdir()
+    before = _aside(output)
+    if not (output / RECORD).exists():
         _move(output, before)
     return before
 
 
 def _move(source: Path, target: Path) -> None:
-    """What training goes on with."""
+    """What training goes on with, but for what is there already: a kill may have come between."""
     for name in (IDENTITY, CHECKPOINTS, "epochs", "policy", LOSSES, "tensorboard"):
-        if (source / name).exists():
+        if (source / name).exists() and not (target / name).exists():
+            target.mkdir(exist_ok=True)
             (source / name).rename(target / name)
 
 
 def _take_up(before: Path, directory: Path, identity: list[str]) -> None:
     """Bring back what is left of the same training, by all that decides it; of another one nothing is kept."""
     mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    if (before / IDENTITY).is_file() and (before / IDENTITY).read_text() == mine:
+    known = before / IDENTITY
+    if known.is_file() and known.read_text() == mine:
         _move(before, directory)
+    known.unlink(missing_ok=True)
     shutil.rmtree(before, ignore_errors=True)
     (directory / IDENTITY).write_text(mine)
 

@@ -36,13 +36,10 @@ from components.training.warm_start import start_from
 from components.transitions import Lists, Transitions
 from contracts.job import (
     C51,
-    CQL,
     SAC,
     ActorCritic,
     BehaviourCloning,
     JobSpec,
-    LinearThompson,
-    LogisticBandit,
     QLearning,
     SlateQ,
 )
@@ -71,68 +68,11 @@ def rewards_to_learn_from(data: Transitions, spec: JobSpec) -> np.ndarray:
     return (rewards * spec.training.reward_scale).astype(np.float32)
 
 
-def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
-    """Raise `StageError` for a log that the job's algorithm cannot learn from."""
-    if only := _only_action(data):
-        raise StageError(
-            f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
-        )
-    algorithm = spec.algorithm.config
-    if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
-        raise StageError(
-            "training: no transition is left, for what followed is not known of any; see data.lastStep and the "
-            "timeline's report"
-        )
-    if isinstance(algorithm, LogisticBandit):
-        low, high = rewards.min(), rewards.max()
-        if low < 0 or high > 1:
-            raise StageError(
-                f"algorithm.logisticBandit: rewards lie between {low:g} and {high:g}, and must be in [0, 1]: set "
-                "training.rewardClip and rewardScale so that they are, or choose linearThompson"
-            )
-    if spec.slate and data.chosen is not None and (data.chosen == spec.slate.size).all():
-        raise StageError(
-            f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
-            "first of the slate would; name the metric that does"
-        )
-    lists = data.possible
-    if isinstance(algorithm, LinearThompson) and isinstance(lists, np.ndarray) and not lists.all():
-        raise StageError(
-            "algorithm.linearThompson: the log has decisions at which not all actions were possible, and how likely "
-            "one is the best is asked among all: choose linUcb"
-        )
-    if isinstance(lists, Lists) and not lists.logged.any():
-        learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
-        if not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL):
-            raise StageError(
-                f"algorithm.{spec.algorithm.name}: the log has no possible_actions to tell what else a decision could "
-                f"have taken, and so nothing of the {learns}; log them, or set algorithm.dqn.nextAction: logged"
-            )
-
-
-def _only_action(data: Transitions) -> str:
-    """The action that all of a log takes, if there is such a one."""
-    if isinstance(data.possible, Lists):
-        taken = data.possible.taken(data.action)
-        what = "action" if taken.ndim == 1 else "slate of items"
-        return f"one {what} of {len(data.possible.described):,}" if (taken == taken[0]).all() else ""
-    if data.action.ndim == 2:
-        same = (data.action == data.action[0]).all()
-        return f"one action, {dict(zip(data.actions, data.action[0].tolist(), strict=True))}" if same else ""
-    counts = np.bincount(data.action, minlength=len(data.actions))
-    return f"{data.actions[int(counts.argmax())]!r} of {', '.join(data.actions)}" if (counts > 0).sum() == 1 else ""
-
-
 def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> Actions:
     """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
     if spec.action_space == "discrete":
         return Actions(list(spec.actions))
-    if isinstance(data.possible, Lists):
-        if alone := int((~data.possible.logged).sum()):
-            print(
-                f"possible_actions: {alone:,} of {len(data):,} decisions have none; what was taken stands for the best "
-                "there, too", file=sys.stderr,
-            )  # fmt: skip
+    if spec.action_space in ("parametric", "slate"):
         described = NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX])
         return Actions([], described=described, slate=spec.slate.size if spec.slate else None)
     if unknown := set(spec.action_bounds) - set(data.actions):
@@ -255,15 +195,14 @@ def run_worker(
     data, digest = open_columns(columns)
     algorithm = spec.algorithm
     rewards = rewards_to_learn_from(data, spec)
-    check_fits(data, spec, rewards)
     actions = find_actions(data, spec, normalization_dir)
     # Fixed atoms bound the values themselves; soft values hold entropy, too.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
-    most = math.inf if bounded else _most(data, spec, rewards)
+    discounts = data.discount(spec.reward)
+    most = math.inf if bounded else _most(data, discounts, rewards)
     network = build_network(algorithm, normalization, actions).to(device)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, LOOKING_AHEAD)
-    discounts = data.discount(spec.reward)
     store = build_store(data, network, rewards, discounts, looks_ahead, everything)
     usable = store.usable
     if len(usable) < spec.training.batch_size:
@@ -380,9 +319,9 @@ def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
     return usable[np.linspace(0, len(usable) - 1, size).astype(int)]
 
 
-def _most(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> float:
+def _most(data: Transitions, discounts: np.ndarray, rewards: np.ndarray) -> float:
     """The largest size that a sum of the log's discounted rewards could have, for an MDP without an end."""
-    ahead = data.discount(spec.reward)[~(data.terminal | data.truncated)].max(initial=0.0)
+    ahead = discounts[~(data.terminal | data.truncated)].max(initial=0.0)
     largest = float(np.abs(rewards).max())
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 

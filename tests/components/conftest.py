@@ -12,8 +12,6 @@ import torch
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from contracts.stage import stage
 
-WriteStages = Callable[[Path, int, list[str], np.ndarray, np.ndarray], None]
-
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
@@ -25,7 +23,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def write_stages() -> WriteStages:
+def write_stages() -> Callable[..., None]:
     """Leaves what the features and normalization stages leave of MDPs of `steps` decisions each, by one feature x."""
 
     def write(root: Path, steps: int, action: list[str], reward: np.ndarray, x: np.ndarray) -> None:
@@ -35,7 +33,8 @@ def write_stages() -> WriteStages:
             {
                 "mdp_id": [f"mdp-{mdp:04}" for mdp in row // steps], "ordinal": row % steps + 1, "action": action,
                 "action_probability": np.full(len(x), 0.5), "possible_actions": pa.nulls(len(x), pa.list_(pa.string())),
-                "metrics": metrics, "returns": metrics, "time_diff": np.ones(len(x), np.int64),
+                "metrics": metrics, "returns": metrics,
+                "time_diff": pa.array(np.ones(len(x), np.int64), mask=row % steps == steps - 1),
                 "terminal": row % steps == steps - 1, "truncated": np.zeros(len(x), bool), "state_x": x,
             }
         )  # fmt: skip

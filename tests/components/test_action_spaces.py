@@ -29,9 +29,10 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import read_bundle
+from components.training.fits import check_fits
 from components.training.store import build_store
 from components.training.warm_start import start_from
-from components.training.worker import check_fits, find_actions
+from components.training.worker import find_actions
 from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
 from contracts.job import JobSpec, PolicyHead
@@ -277,17 +278,21 @@ def test_every_estimator_judges_a_policy_over_lists(shelf: Path) -> None:
     assert 1 < report["diagnostics"]["largest_weight"] <= 6
 
 
-def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
+def test_the_best_next_action_is_not_known_without_lists(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = JobSpec.model_validate(LISTS)
     data = load_transitions(shelf / "features", spec)
     lists = data.possible
     assert isinstance(lists, Lists)
     alone = Lists(lists.names, lists.described, np.arange(N + 1), lists.taken(data.action), np.zeros(N, bool))
-    without = data.__class__(**(vars(data) | {"possible": alone, "action": np.zeros(N, np.int64)}))
+    without = dataclasses.replace(data, possible=alone, action=np.zeros(N, np.int64))
     with pytest.raises(StageError, match=r"no possible_actions .* algorithm\.dqn\.nextAction: logged"):
         check_fits(without, spec, np.zeros(N))
     by_logged = JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}})
     check_fits(without, by_logged, np.zeros(N))
+    assert capsys.readouterr().err == ""
+    some = dataclasses.replace(without, possible=dataclasses.replace(alone, logged=np.arange(N) > 0))
+    check_fits(some, spec, np.zeros(N))
+    assert capsys.readouterr().err.startswith(f"possible_actions: 1 of {N:,} decisions have none")
 
 
 def test_a_policy_over_lists_is_not_judged_where_decisions_have_none(shelf: Path, tmp_path: Path) -> None:

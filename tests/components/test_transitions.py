@@ -144,13 +144,17 @@ def test_the_reward_is_the_weighted_sum_of_the_metrics(tmp_path: Path) -> None:
     assert data.weight_vector({"gain": 2.0}).tolist() == [0.0, 2.0]
 
 
-def test_returns_go_on_to_the_end_or_to_where_the_log_does_not_know_what_followed(tmp_path: Path) -> None:
+def test_returns_are_known_where_the_log_goes_on_to_the_end_or_for_long_enough(tmp_path: Path) -> None:
     ends = {2: {"truncated": True}, 4: {"terminal": True}}
-    data = load(tmp_path, [row("a", i, **ends.get(i, {})) for i in range(1, 5)] + [row("b", 1, terminal=True)])
-    rewards = np.array([1, 2, 4, 8, 16], np.float32)
-    discounts = np.array([0.5, 9.0, 0.25, 9.0, 9.0], np.float32)
-    assert data.returns(np.arange(5), rewards, discounts).tolist() == [2.0, 2.0, 6.0, 8.0, 16.0]
-    assert data.returns(np.array([3, 0]), rewards, discounts).tolist() == [8.0, 2.0]
+    rows = [row("a", i, **ends.get(i, {})) for i in range(1, 5)] + [row("b", 1, terminal=True)]
+    long = [row("c", i, truncated=i == 3) for i in range(1, 4)]
+    data = load(tmp_path, rows + long)
+    rewards = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.float32)
+    discounts = np.array([0.5, 9.0, 0.25, 9.0, 9.0, 0.1, 0.05, 9.0], np.float32)
+    found = data.returns(np.arange(8), rewards, discounts)
+    # Of the first nothing is known two steps on; of the first of c what comes then counts for half a hundredth.
+    np.testing.assert_allclose(found, [np.nan, np.nan, 6, 8, 16, 32 + 6.4 + 0.64, np.nan, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(data.returns(np.array([5, 3]), rewards, discounts), [39.04, 8.0], rtol=1e-6)
 
 
 def test_a_metric_that_the_log_does_not_have_is_refused_with_those_it_has(tmp_path: Path) -> None:

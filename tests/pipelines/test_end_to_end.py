@@ -208,7 +208,8 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     log = workplace / "broken.parquet"
     pq.write_table(pa.concat_tables([kept, bad]), log)
     path = small_job(workplace, "broken", decisionLog=str(log))
-    path.write_text(path.read_text().replace("stepsPerEpoch: 50", "stepsPerEpoch: 1000"))
+    slow = ("epochs: 2", "epochs: 3"), ("stepsPerEpoch: 50", "stepsPerEpoch: 1000")
+    path.write_text(functools.reduce(lambda text, change: text.replace(*change), slow, path.read_text()))
 
     command = [sys.executable, "-m", "pipelines.cli", "run", str(path)]
     environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"} | {"PYTHONPATH": str(ROOT)}
@@ -217,6 +218,7 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
         "features": lambda: "Executing task 'features'" in _read(run / "logs" / "features.log"),
         "training": lambda: list(run.glob("pipeline/*/training/policy/checkpoints/[0-9]*")),
     }
+    kills = []
     for begun in seen.values():
         killed = subprocess.Popen(
             command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
@@ -225,14 +227,15 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
         assert wait_until(lambda: engines_under(workplace), 30)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        at = time.time()
+        kills.append(time.time())
         assert wait_until(lambda: not engines_under(workplace), 20), engines_under(workplace)
 
     done = bluewhale("run", path, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("finished before") == 4, "all before training was finished when the run was killed"
-    first, last = (run / "training" / "epochs" / f"{epoch:03d}" / "bundle.json" for epoch in (1, 2))
-    assert first.stat().st_mtime < at < last.stat().st_mtime, "training goes on after its last finished epoch"
+    assert done.stderr.count("finished before") == 4, "all before training was finished at the second kill"
+    assert (run / "timeline" / "stage.json").stat().st_mtime < kills[0], "and the timeline at the first"
+    first, last = (run / "training" / "epochs" / f"{epoch:03d}" / "bundle.json" for epoch in (1, 3))
+    assert first.stat().st_mtime < kills[1] < last.stat().st_mtime, "training goes on after its last finished epoch"
     counts = result(workplace, "broken")["timeline"]
     assert counts["rows_in"] == len(table)
     assert counts["rows_in"] == counts["rows_out"] + counts["rows_quarantined"]

@@ -61,6 +61,21 @@ def test_the_board_shows_losses_values_gradients_actions_and_the_reward(tmp_path
     assert found["greedy_action/left"] == [(100, pytest.approx(1 - share))]
 
 
+def test_values_are_held_against_the_returns_that_are_known(tmp_path: Path) -> None:
+    made, returns = learner(), torch.full((16,), 3.0)
+    for known in (4, 0):
+        returns[known:] = torch.nan
+        figures = Figures(tmp_path / str(known), made, probe(), returns, Actions(["left", "right"]))
+        figures.write(50, 200, 1, False, SEEN)
+        figures.close()
+    with torch.no_grad():
+        logged = made.network(probe().state)[range(16), probe().action]
+    [(_, distance)] = curves(tmp_path / "4")["mc_loss"]
+    assert distance == pytest.approx(float((logged[:4] - 3).abs().mean()), rel=1e-5)
+    assert "mc_loss" not in curves(tmp_path / "0")
+    assert "mc_loss" not in (tmp_path / "0" / "losses.jsonl").read_text()
+
+
 def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
     made = learner()
     for first, steps in ((1, (50, 100, 150)), (101, (150, 200))):
@@ -75,7 +90,7 @@ def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
 def test_of_items_it_shows_what_those_are_like_that_the_policy_takes(tmp_path: Path, action: list[object]) -> None:
     topic = FeatureNormalization(name="topic", type="enum", values=[3.0, 5.0], how="by hand", evidence={})
     price = FeatureNormalization(name="price", type="continuous", how="by hand", evidence={})
-    described = NormalizationSpec(inputs=["price", "topic"], features=[price, topic])
+    described = NormalizationSpec(inputs=["topic", "price"], features=[topic, price])
     items = torch.tensor([[1.0, 1, 0, 0], [2, 0, 1, 0], [4, 1, 0, 0], [8, 0, 0, 1], [16, 0, 0, 1]])
     batch = replace(probe(2), possible=Listed(items, torch.tensor([0, 0, 1, 1, 1]), 2))
     taken, made = torch.tensor(action), learner()

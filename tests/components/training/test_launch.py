@@ -212,8 +212,8 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     monkeypatch.setattr(launch, "_follow", _follow)
     written = (output / "epochs" / "001" / DESCRIPTION).stat().st_mtime_ns
     # In another place, as each of KFP's attempts has.
-    monkeypatch.setenv(EARLIER_VARIABLE, str(output))
-    output = tmp_path / "later" / "policy"
+    monkeypatch.setenv(EARLIER_VARIABLE, str(tmp_path))
+    output = tmp_path / "later" / "training"
     output.parent.mkdir()
     launch.take_over(output)
     launch.train(spec, *stages, output)
@@ -231,7 +231,36 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     launch.train(spec.model_copy(update={"seed": 5}), *stages, output)
     assert first.stat().st_mtime_ns != written
     assert read_record(output)["weights_digest"] != weights
-    assert [path.name for path in output.parent.iterdir()] == ["policy"]
+    assert [path.name for path in output.parent.iterdir()] == ["training"]
+
+
+def test_what_several_attempts_have_left_is_put_together_the_last_one_s_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (tmp_path / name for name in ("1", "2", "3"))
+    for place in (first / "policy", first / "policy.sweep", second / "policy", second / ".policy.before", third):
+        place.mkdir(parents=True)
+        (place / "whose").write_text(place.parent.name)
+    monkeypatch.setenv(EARLIER_VARIABLE, f"{second}:{first}")
+    launch.take_over(third / "policy", third / "policy.sweep")
+    found = {path.name: (path / "whose").read_text() for path in third.iterdir() if path.is_dir()}
+    assert found == {"policy": "2", ".policy.before": "2", "policy.sweep": "1"}
+    launch.take_over(third / "policy")  # as if it was killed right then, and began again in its place
+    assert (third / "policy" / "whose").read_text() == "2"
+
+
+def test_a_kill_while_what_was_left_is_taken_up_loses_nothing(tmp_path: Path) -> None:
+    output, parts = tmp_path / "policy", ("identity", CHECKPOINTS, "epochs")
+    for killed_after in range(len(parts) + 1):
+        before = launch._aside(output)
+        for i, name in enumerate(parts):
+            place = output if i < killed_after else before
+            place.mkdir(exist_ok=True)
+            (place / name).write_text("[]")
+        assert launch._set_aside(output) == before
+        assert sorted(path.name for path in before.iterdir()) == sorted(parts)
+        for name in parts:
+            (before / name).unlink()
 
 
 def test_a_log_that_cannot_be_learned_from_is_refused_before_workers_begin(tmp_path: Path, small_log: SmallLog) -> None:
@@ -253,7 +282,6 @@ def test_sigterm_ends_the_workers(tmp_path: Path) -> None:
     """As a pod is told to end."""
     script = f"""
 import time
-from collections.abc import Callable
 from pathlib import Path
 from components.training.launch import _follow
 

@@ -132,6 +132,16 @@ def test_what_was_chosen_and_the_best_slate_are_examined() -> None:
     assert own.item() == pytest.approx((mass * [20, 0, 1]).sum() / mass.sum(), rel=1e-5)
 
 
+def test_each_decisions_best_slate_is_of_its_own_list() -> None:
+    listed, nothing = lists([0.0, 1, 2], [2, 0, 1, 1]), torch.zeros(2)
+    both = Batch(torch.zeros(2, 1), torch.tensor([[0, 1], [3, 4]]), listed, nothing, torch.zeros(2, 1),
+                 torch.tensor([[0, 1], [3, 4]]), listed, nothing, torch.tensor([0, 0]))  # fmt: skip
+    _, _, slate = SlateQLearner(Given(1, 1, 2, [4]), SlateQ()).examine(both)
+    assert slate[0].tolist() == [2, 0]
+    assert slate[1, 0] == 3
+    assert ((slate >= 3) == torch.tensor([[False], [True]])).all()
+
+
 def test_choices_are_learned_as_people_make_them() -> None:
     torch.manual_seed(0)
     learner = SlateQLearner(SlateNetwork(1, 1, 2, [32]), SlateQ(hiddenLayers=[32], learningRate=0.01))

@@ -1,0 +1,67 @@
+"""Whether a log is one that the job's algorithm can learn from."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from components.training.worker import LOOKING_AHEAD
+from components.transitions import Lists, Transitions
+from contracts.job import CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
+from contracts.stage import StageError
+
+
+def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
+    """Raise `StageError` for a log that the job's algorithm cannot learn from, by the `rewards`, [N], that it would."""
+    if only := _only_action(data):
+        raise StageError(
+            f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
+        )
+    algorithm = spec.algorithm.config
+    if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
+        raise StageError(
+            "training: no transition is left, for what followed is not known of any; see data.lastStep and the "
+            "timeline's report"
+        )
+    if isinstance(algorithm, LogisticBandit):
+        low, high = rewards.min(), rewards.max()
+        if low < 0 or high > 1:
+            raise StageError(
+                f"algorithm.logisticBandit: rewards lie between {low:g} and {high:g}, and must be in [0, 1]: set "
+                "training.rewardClip and rewardScale so that they are, or choose linearThompson"
+            )
+    if spec.slate and data.chosen is not None and (data.chosen == spec.slate.size).all():
+        raise StageError(
+            f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
+            "first of the slate would; name the metric that does"
+        )
+    lists = data.possible
+    if isinstance(algorithm, LinearThompson) and isinstance(lists, np.ndarray) and not lists.all():
+        raise StageError(
+            "algorithm.linearThompson: the log has decisions at which not all actions were possible, and how likely "
+            "one is the best is asked among all: choose linUcb"
+        )
+    by_lists = not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL)
+    if isinstance(lists, Lists) and by_lists and not lists.logged.all():
+        if not lists.logged.any():
+            learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
+            raise StageError(
+                f"algorithm.{spec.algorithm.name}: the log has no possible_actions to tell what else a decision could "
+                f"have taken, and so nothing of the {learns}; log them, or set algorithm.dqn.nextAction: logged"
+            )
+        alone = f"{(~lists.logged).sum():,} of {len(data):,} decisions"
+        print(f"possible_actions: {alone} have none, as if nothing else had been possible", file=sys.stderr)
+
+
+def _only_action(data: Transitions) -> str:
+    """The action that all of a log takes, if there is such a one."""
+    if isinstance(data.possible, Lists):
+        taken = data.possible.taken(data.action)
+        what = "action" if taken.ndim == 1 else "slate of items"
+        return f"one {what} of {len(data.possible.described):,}" if (taken == taken[0]).all() else ""
+    if data.action.ndim == 2:
+        same = (data.action == data.action[0]).all()
+        return f"one action, {dict(zip(data.actions, data.action[0].tolist(), strict=True))}" if same else ""
+    counts = np.bincount(data.action, minlength=len(data.actions))
+    return f"{data.actions[int(counts.argmax())]!r} of {', '.join(data.actions)}" if (counts > 0).sum() == 1 else ""
