@@ -313,7 +313,8 @@ def _conform(
 ) -> DataFrame:
     """Every wanted column in its type, from the columns of `raw` by our names in `known`."""
     types = {field.name: field.dataType for field in raw.schema.fields}
-    again = {field.name: field.dataType for field in types[_AGAIN]} if _AGAIN in types else {}
+    by_text = types.get(_AGAIN)
+    again = {field.name: field.dataType for field in by_text.fields} if isinstance(by_text, T.StructType) else {}
     unreadable: list[Column] = []
 
     def read(ours: str, kind: T.DataType, column: str) -> Column:
@@ -324,9 +325,9 @@ def _conform(
         else:
             value, bad = _typed(given, types[column], kind)
         if column in again:
-            by_text, no_numbers = _typed(F.col(f"{_AGAIN}.`{column}`"), again[column], kind)
+            other, no_numbers = _typed(F.col(f"{_AGAIN}.`{column}`"), again[column], kind)
             fits = F.col(_AGAIN).isNull()
-            value = F.when(fits, value).otherwise(by_text)
+            value = F.when(fits, value).otherwise(other)
             bad = F.when(fits, _twice(given) if isinstance(kind, T.MapType) else F.lit(False)).otherwise(no_numbers)
         if bad is not None:
             unreadable.append(F.when(bad, F.lit(ours)))

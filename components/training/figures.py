@@ -58,8 +58,8 @@ class Figures:
         if ends_epoch:
             for name, mean in self._taken(action).items():
                 self.board.add_scalar(f"greedy_action/{name}", mean, step)
-        losses = [f"{name} {figures[name]:.3g}" for name in ("td_loss", "mc_loss") if name in figures]
-        report(step, steps, f"epoch {epoch} {' '.join(losses)}")
+        known = "" if math.isnan(distance) else f" mc_loss {distance:.2f}"
+        report(step, steps, f"epoch {epoch} td_loss {seen['td_loss']:.3f}{known}")
 
     def _taken(self, action: Tensor) -> dict[str, float]:
         """The policy's actions on average, by name."""
