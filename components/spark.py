@@ -31,6 +31,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         "spark.sql.session.timeZone": "UTC",
         # A partition's value is what its directory says: 01 is not 1.
         "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
+        # A value that is none of its type costs a row that value, not those after it.
+        "spark.sql.json.enablePartialResults": "true",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.driver.memory": os.environ.get("SPARK_DRIVER_MEMORY", "2g"),

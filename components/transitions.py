@@ -75,15 +75,23 @@ class Transitions:
         """float32 [len(rows)]: discounted sums of the rewards [N] from these rows to their MDPs' ends.
 
         NaN where the log breaks off before, unless what came later counts for less than a hundredth. `discounts` [N]
-        are those of `discount`.
+        are those of `discount`. The rows must differ.
         """
         ends = np.flatnonzero(self.terminal | self.truncated)
-        found = []
-        for row, end in zip(rows.tolist(), ends[np.searchsorted(ends, rows)].tolist(), strict=True):
-            factors = np.cumprod(discounts[row:end], dtype=np.float64)
-            known = self.terminal[end] or (len(factors) and factors[-1] < UNKNOWN)
-            found.append(rewards[row] + factors @ rewards[row + 1 : end + 1] if known else np.nan)
-        return np.array(found, np.float32)
+        found = np.full(len(rows), np.nan, np.float32)
+        later, total, ahead = len(self), 0.0, 0.0
+        # From the last row to the first, so that each goes on from the one after it in its MDP.
+        for i in np.argsort(rows)[::-1].tolist():
+            row, end = int(rows[i]), int(ends[np.searchsorted(ends, rows[i])])
+            reached = min(later, end + 1)
+            factors = np.cumprod(discounts[row:reached], dtype=np.float64)
+            own = rewards[row] + factors[:-1] @ rewards[row + 1 : reached]
+            # `total` is the return of the row `later`, and `ahead` what a value after its MDP's end counts for there.
+            total, ahead = (own + factors[-1] * total, factors[-1] * ahead) if later <= end else (own, factors[-1])
+            later = row
+            if self.terminal[end] or ahead < UNKNOWN:
+                found[i] = total
+        return found
 
     def discount(self, reward: Reward) -> np.ndarray:
         """float32 [N]: what a value at the next decision counts for at this one; any number where there is none."""

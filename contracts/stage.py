@@ -60,12 +60,13 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
     try:
         yield output, facts
     except Exception as error:
-        known = isinstance(error, (StageError, JobError, FileNotFoundError))
+        final = isinstance(error, (StageError, JobError, FileNotFoundError))
+        plain = final or isinstance(error, ConnectionError)
         if path := os.environ.get(ERROR_FILE_VARIABLE):
-            text = str(error) if known else traceback.format_exc(limit=-3)
+            text = str(error) if plain else traceback.format_exc(limit=-3)
             Path(path).write_text(json.dumps({"stage": name, "error": text}))
-        message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-        tell({"stage": name, "status": "failed", "message": message, "retryable": not known})
+        message = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
+        tell({"stage": name, "status": "failed", "message": message, "retryable": not final})
         raise
     record = {"stage": name, "status": "succeeded", "started": started, "seconds": round(time.time() - started, 2)}
     unfinished = output / f".{RECORD}"

@@ -52,7 +52,7 @@ class _Group(click.Group):
         except JobError as error:
             console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
             context.exit(2)
-        except (StageError, ServerError, ServiceError, FileNotFoundError) as error:
+        except (StageError, ServerError, ServiceError, FileNotFoundError, ConnectionError) as error:
             console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
             context.exit(1)
         except KeyboardInterrupt:
@@ -119,6 +119,7 @@ def run(run: Run, as_json: bool) -> None:
     started = time.time()
     try:
         with alone(run.directory), Display(console) as display:
+            reaper.succeed(run.directory)
             code = run_job(run, display)
     finally:
         if as_json and run.result:

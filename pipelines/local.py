@@ -196,7 +196,8 @@ def train_and_evaluate(run: Run, display: Display) -> None:
 def broken_off_trainings(root: Path) -> list[str]:
     """Where the trainings since the last finished one are, the last first: KFP has a new place for each attempt."""
     attempts = sorted(root.glob("*/training"), reverse=True)
-    return [str(place) for place in itertools.takewhile(lambda a: not (a / "policy" / RECORD).exists(), attempts)]
+    # What KFP's executor writes last; before that, nothing is in the cache.
+    return [str(place) for place in itertools.takewhile(lambda a: not (a / "executor_output.json").exists(), attempts)]
 
 
 def features_of(data: Data) -> list[Path]:

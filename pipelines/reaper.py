@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import psutil
 
@@ -55,6 +56,14 @@ def reap(mark: str, grace_seconds: float = GRACE_SECONDS) -> None:
             except psutil.Error:
                 continue
         psutil.wait_procs(processes, timeout=seconds)
+
+
+def succeed(directory: Path) -> None:
+    """Let nothing be at work in a directory any more of the command that was there before this one."""
+    file, mine = directory / ".command", os.environ[MARK]
+    if file.exists() and (former := file.read_text()) != mine:
+        reap(former)
+    file.write_text(mine)
 
 
 if __name__ == "__main__":

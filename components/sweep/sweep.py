@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
+from components.columns import write_columns
 from components.evaluation.evaluate import evaluate
 from components.sweep.page import best_of, write_page
 from components.training.launch import train
@@ -66,6 +67,7 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
         work.mkdir(parents=True)
         with untold():
             training_mdps(spec, features, work / "features")
+        write_columns(work / "features", _of_trials(spec), work / "columns")
         (work / "identity").write_text(mine)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     parameters = spec.sweep.parameters
@@ -107,11 +109,13 @@ def try_settings(
     gate = spec.evaluation.gate
     try:
         made = spec.with_settings(settings | ({"training.epochs": spec.sweep.epochs} if spec.sweep.epochs else {}))
-        # Another seed: the MDPs that a trial is judged on are others in each split, and none of the gate's.
-        made = made.model_copy(update={"seed": (spec.seed + 1) % 2**31})
+        made = _of_trials(made)
         # Of a trial's stages, people and controllers hear nothing: it is a part of the training stage.
         with progress.silent(), untold():
-            train(made, work / "features", normalization, directory / "training", part=f"-t{number}")
+            train(
+                made, work / "features", normalization, directory / "training", part=f"-t{number}",
+                laid_out=work / "columns",
+            )  # fmt: skip
             evaluate(made, work / "features", directory / "training", directory / "evaluation", last_only=True)
         report = json.loads((directory / "evaluation" / "report.json").read_text())["final"][gate.estimator]
         if "refused" in report:
@@ -145,6 +149,11 @@ def training_mdps(spec: JobSpec, features: Path, output: Path) -> None:
 
         ds.write_dataset(kept(), directory / "training", schema=data.schema, format="parquet")
         facts |= {k: v for k, v in read_record(features).items() if k in ("features", "action_features")}
+
+
+def _of_trials(spec: JobSpec) -> JobSpec:
+    """With another seed: the MDPs that trials are judged on are others in each split, and none of the gate's."""
+    return spec.model_copy(update={"seed": (spec.seed + 1) % 2**31})
 
 
 def _identity(spec: JobSpec, features: Path, normalization: Path) -> str:

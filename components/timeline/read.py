@@ -28,8 +28,8 @@ UNREADABLE = "_unreadable"
 """Name of the first column of a row that is not of its type, or `LINE`; null in a row that can be read."""
 LINE = "line"
 _TORN, _TEXT, _AGAIN = "_bluewhale_torn", "_bluewhale_text", "_bluewhale_again"
-"""Of a line that is none of its format, what it was; of JSON lines, all of them; of those with other than numbers in
-their maps, these maps by their text, null where there is nothing to be read again."""
+"""Of a line that is none of its format, what it was; of JSON lines, all of them; of those with other than numbers where
+numbers belong, the same by their text, null where there is nothing to be read again."""
 DAY_MICROSECONDS = 86_400_000_000
 MICROSECONDS = 1_000_000
 FIRST_MICROSECOND = -62_135_596_800_000_000  # of the year 1
@@ -37,6 +37,7 @@ LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
 HEAD_ROWS = 1000
 FRACTIONS = 1 / 3
 """Of the first numbers: fewer are a mistake, and more a unit in which no step is whole."""
+NO_CONNECTOR = ("ClassNotFoundException", "No FileSystem for scheme")
 REQUIRED = ("mdp_id", "sequence_number", "action")
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".orc": "orc", ".parquet": "parquet"}
 OURS = (
@@ -177,9 +178,12 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
     try:
         absent = next((path for path in paths if not _statuses(spark, path)), "")
         told = {path: found for path in paths if form == "auto" and (found := _form(spark, path))}
-    except Py4JJavaError as error:
-        needs = "an object store needs its connector among Spark's jars, and credentials: " if "://" in text else ""
-        raise StageError(f"{field} {text}: it cannot be reached; {needs}{_said(error)}") from None
+    except (PySparkException, Py4JJavaError) as error:
+        said = _said(error)
+        if any(words in said for words in NO_CONNECTOR):
+            raise StageError(f"{field} {text}: Spark has no connector for it among its jars: {said}") from None
+        # It may well be reached at another time.
+        raise ConnectionError(f"{field} {text}: it cannot be reached: {said}") from None
     if absent:
         raise StageError(f"{field} {absent}: no such file or directory")
     if form == "auto":
@@ -227,11 +231,12 @@ def _load_json(spark: SparkSession, path: str, options: dict[str, str], schema: 
     # Maps of numbers are read as such, which is several times as fast as by their text. A line that this does not fit
     # is read again, to tell which of its values are none.
     torn = T.StructField(_TORN, T.StringType())
-    maps = [T.StructField(field.name, _as_text(field.dataType)) for field in schema if _holds_numbers(field.dataType)]
+    others = [field for field in schema if not isinstance(field.dataType, T.StringType)]
+    by_text = [T.StructField(field.name, _as_text(field.dataType)) for field in others]
     keep_torn = {"columnNameOfCorruptRecord": _TORN}
     once = lines.select(F.from_json("value", T.StructType([*schema, torn]), keep_torn).alias("read"), "*")
     unfit = F.when(F.col(f"read.{_TORN}").isNotNull(), F.col("value"))
-    twice = once.select("*", F.from_json(unfit, T.StructType([*maps, torn]), keep_torn).alias(_AGAIN))
+    twice = once.select("*", F.from_json(unfit, T.StructType([*by_text, torn]), keep_torn).alias(_AGAIN))
     return twice.select(
         *[f"read.`{name}`" for name in schema.names if name not in partitions],
         *[F.col(f"`{name}`").alias(name, metadata={"partition": True}) for name in partitions],
@@ -324,11 +329,15 @@ def _conform(
             bad: Column | None = given.isNotNull() & value.isNull()
         else:
             value, bad = _typed(given, types[column], kind)
+        if ours != "state_features" and _holds_numbers(kind):
+            # A null is no number. Of a state's features it may stay: one that is not known is null later, too.
+            value, bad = (_number_map if isinstance(kind, T.MapType) else _number_maps)(given, types[column])
         if column in again:
-            other, no_numbers = _typed(F.col(f"{_AGAIN}.`{column}`"), again[column], kind)
-            fits = F.col(_AGAIN).isNull()
+            other, unfit = _typed(F.col(f"{_AGAIN}.`{column}`"), again[column], kind)
+            bad = bad if ours != "state_features" else _twice(given)
+            fits, nothing = F.col(_AGAIN).isNull(), F.lit(False)
             value = F.when(fits, value).otherwise(other)
-            bad = F.when(fits, _twice(given) if isinstance(kind, T.MapType) else F.lit(False)).otherwise(no_numbers)
+            bad = F.when(fits, nothing if bad is None else bad).otherwise(nothing if unfit is None else unfit)
         if bad is not None:
             unreadable.append(F.when(bad, F.lit(ours)))
         return value
@@ -369,10 +378,8 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
         return raw, None
     if isinstance(wanted, T.LongType):
         value = _ordinal(raw, given)
-    elif isinstance(wanted, T.MapType):
-        return _number_map(raw, given)
-    elif isinstance(wanted, T.ArrayType) and isinstance(wanted.elementType, T.MapType):
-        return _number_maps(raw, given)
+    elif _holds_numbers(wanted):
+        return _number_map(raw, given) if isinstance(wanted, T.MapType) else _number_maps(raw, given)
     elif isinstance(wanted, T.ArrayType):
         value = F.from_json(raw, "array<string>") if isinstance(given, T.StringType) else raw.try_cast("array<string>")
     elif isinstance(wanted, T.TimestampType) and isinstance(given, (T.NumericType, T.StringType)):

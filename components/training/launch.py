@@ -45,14 +45,15 @@ def train(
     warm_start: str = "",
     known: dict[str, Any] | None = None,
     part: str = "",
+    laid_out: Path | None = None,
 ) -> None:
     """Train on workers under torchrun; raises `StageError` with the workers' own words.
 
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
     bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
-    trains more than once names each `part` in a few letters. Where the same training was broken off at `output`, it
-    goes on after the last epoch that was finished.
+    trains more than once names each `part` in a few letters, and may have `laid_out` the features' columns for all.
+    Where the same training was broken off at `output`, it goes on after the last epoch that was finished.
     """
     read_record(features), read_record(normalization)
     before = _set_aside(Path(output))
@@ -63,7 +64,7 @@ def train(
     with (
         stage("training", output) as (directory, facts),
         _sigterm_raises(),
-        _laid_out(features, spec, directory / "columns") as columns,
+        _laid_out(features, spec, directory / "columns", laid_out) as columns,
     ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
         data, digest = open_columns(columns)
@@ -116,6 +117,7 @@ def take_over(*outputs: str | Path) -> None:
         for place in places:
             if (left := Path(directory) / place.name).exists() and not place.exists():
                 left.rename(place)
+                (place / RECORD).unlink(missing_ok=True)
 
 
 def _aside(output: Path) -> Path:
@@ -144,14 +146,25 @@ def _take_up(before: Path, directory: Path, identity: list[str]) -> None:
     known = before / IDENTITY
     if known.is_file() and known.read_text() == mine:
         _move(before, directory)
-    known.unlink(missing_ok=True)
-    shutil.rmtree(before, ignore_errors=True)
-    (directory / IDENTITY).write_text(mine)
+    else:
+        (directory / IDENTITY).write_text(mine)
+    if before.exists():
+        # At once: what a kill leaves of it must not be taken for this training's.
+        refuse = before.with_suffix(".refuse")
+        shutil.rmtree(refuse, ignore_errors=True)
+        before.rename(refuse)
+        shutil.rmtree(refuse, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _laid_out(features: str | Path, spec: JobSpec, directory: Path) -> Iterator[Path]:
-    """Lay the data out once, for all workers to map; whatever becomes of them, the files are gone at the end."""
+def _laid_out(features: str | Path, spec: JobSpec, directory: Path, before: Path | None = None) -> Iterator[Path]:
+    """Lay the data out once, for all workers to map; whatever becomes of them, the files are gone at the end.
+
+    What was laid out `before` is taken as it is, and stays.
+    """
+    if before:
+        yield before.absolute()
+        return
     try:
         write_columns(features, spec, directory)
         yield directory

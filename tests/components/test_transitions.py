@@ -150,11 +150,12 @@ def test_returns_are_known_where_the_log_goes_on_to_the_end_or_for_long_enough(t
     long = [row("c", i, truncated=i == 3) for i in range(1, 4)]
     data = load(tmp_path, rows + long)
     rewards = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.float32)
-    discounts = np.array([0.5, 9.0, 0.25, 9.0, 9.0, 0.1, 0.05, 9.0], np.float32)
-    found = data.returns(np.arange(8), rewards, discounts)
-    # Of the first nothing is known two steps on; of the first of c what comes then counts for half a hundredth.
-    np.testing.assert_allclose(found, [np.nan, np.nan, 6, 8, 16, 32 + 6.4 + 0.64, np.nan, np.nan], rtol=1e-6)
-    np.testing.assert_allclose(data.returns(np.array([5, 3]), rewards, discounts), [39.04, 8.0], rtol=1e-6)
+    discounts = np.array([0.5, 1.0, 0.25, 9.0, 9.0, 0.1, 0.05, 1.0], np.float32)
+    # Of the first MDP's first two nothing is known two steps on; what comes after c counts for half a hundredth there.
+    wanted = np.array([np.nan, np.nan, 6, 8, 16, 32 + 6.4 + 0.64, np.nan, np.nan])
+    np.testing.assert_allclose(data.returns(np.arange(8), rewards, discounts), wanted, rtol=1e-6)
+    for some in ([5, 3], [0], [7, 5, 2], [4, 6]):
+        np.testing.assert_allclose(data.returns(np.array(some), rewards, discounts), wanted[some], rtol=1e-6)
 
 
 def test_a_metric_that_the_log_does_not_have_is_refused_with_those_it_has(tmp_path: Path) -> None:

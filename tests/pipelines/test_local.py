@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from contracts.stage import RECORD
 from pipelines.local import broken_off_trainings
 
 
@@ -10,7 +9,7 @@ def attempt(root: Path, day: int, finished: bool = False) -> str:
     directory = root / f"shop-2026-01-{day:02}-10-00-00-000000" / "training"
     (directory / "policy").mkdir(parents=True)
     if finished:
-        (directory / "policy" / RECORD).touch()
+        (directory / "executor_output.json").touch()
     return str(directory)
 
 

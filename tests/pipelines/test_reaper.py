@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+
+from pipelines import reaper
 
 ROOT = Path(__file__).parents[2]
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
@@ -28,6 +31,18 @@ def gone(pid: int, seconds: float) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_what_a_former_command_left_ends_before_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(reaper.MARK, "former")
+    reaper.succeed(tmp_path)
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    time.sleep(0.2)
+    reaper.succeed(tmp_path)
+    assert left.poll() is None, "it is this command's own"
+    monkeypatch.setenv(reaper.MARK, "next")
+    reaper.succeed(tmp_path)
+    assert not psutil.pid_exists(left.pid)
 
 
 def test_a_killed_command_takes_its_most_stubborn_child_along_and_nobody_else():

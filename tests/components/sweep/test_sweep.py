@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.columns import load_transitions
+from components.columns import load_transitions, open_columns
 from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
 from components.transitions import held_out
@@ -91,7 +91,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Trials whose value is known without any training; a small learning rate cannot be judged."""
     asked: list[dict[str, Any]] = []
 
-    def train(spec: JobSpec, features: Path, normalization: Path, output: Path, part: str) -> None:
+    def train(spec: JobSpec, features: Path, normalization: Path, output: Path, part: str, laid_out: Path) -> None:
+        to_learn_from, _ = load_transitions(features, spec).split(spec)
+        np.testing.assert_array_equal(open_columns(laid_out)[0].state, to_learn_from.state)
         asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs})
         if spec.algorithm.learning_rate < 1e-4:
             raise StageError("training diverges")

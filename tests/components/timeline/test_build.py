@@ -308,7 +308,8 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=i) for i in range(3)]))
     outcomes = [
         {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 5.0, "clicks": 2.0}},
-        {"mdp_id": "a", "sequence_number": 1, "metrics": {"clicks": 3.0}, "truncated": True, "ended": True},
+        {"mdp_id": "a", "sequence_number": 1, "metrics": {"clicks": 3.0, "reward": None}, "truncated": True}
+        | {"ended": True},
         {"mdp_id": "nobody", "sequence_number": 0, "metrics": {"clicks": 9.0}},
     ]
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(o) + "\n" for o in outcomes))

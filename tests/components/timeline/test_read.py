@@ -160,8 +160,13 @@ class TestTheForms:
             assert (row["mdp_id"], row["action"]) == ("a", "left"), path
 
     @pytest.mark.parametrize("uri", ["s3a://logs/decisions", "unheard-of://logs/decisions"])
-    def test_a_store_without_its_connector_says_what_is_missing(self, spark, uri):
-        with pytest.raises(StageError, match=rf"data\.decisionLog {uri}: it cannot be reached.*connector among Spark"):
+    def test_a_store_without_its_connector_is_refused(self, spark, uri):
+        with pytest.raises(StageError, match=rf"data\.decisionLog {uri}: Spark has no connector for it among its jars"):
+            read(spark, uri)
+
+    def test_a_store_that_cannot_be_reached_may_be_at_another_time(self, spark):
+        uri = "hdfs://no-such-host.invalid/log"
+        with pytest.raises(ConnectionError, match=rf"data\.decisionLog {uri}: it cannot be reached: .*no-such-host"):
             read(spark, uri)
 
     def test_reagent_s_rows_as_they_are(self, spark, tmp_path):
@@ -355,6 +360,57 @@ class TestWhatCannotBeRead:
         path = jsonl(tmp_path / "log.jsonl", ROW | {"age": "old"}, ROW | {"mdp_id": "fine", "age": 30})
         rows = with_reason(read_log(spark, path, Data(stateColumns=["age"])), JOB).collect()
         assert {row["mdp_id"]: row[REASON] for row in rows} == {"7": "unreadable_state_features", "fine": None}
+
+    @pytest.mark.parametrize("value", ["left", '["left"]', "", {"left": 1}, 3])
+    def test_possible_actions_that_are_no_list_are_not_all_actions(self, spark, tmp_path, value):
+        path = jsonl(tmp_path / "log.jsonl", ROW, ROW | {"mdp_id": "bad", "possible_actions": value})
+        found = {row["mdp_id"]: row[REASON] for row in with_reason(read_log(spark, path), JOB).collect()}
+        assert found.pop("7") is None
+        assert list(found.values()) == ["unparsable"]
+
+    @pytest.mark.parametrize("form", ["jsonl", "parquet"])
+    def test_a_null_is_no_number(self, spark, tmp_path, form):
+        rows = [
+            ROW | {"mdp_id": "a", "metrics": {"clicks": None, "orders": 2.0}},
+            ROW | {"mdp_id": "b", "metrics": {"reward": None}, "reward": 3.0},
+        ]
+        if form == "jsonl":
+            path = jsonl(tmp_path / "log.jsonl", *rows)
+        else:
+            path = str(tmp_path / "log.parquet")
+            maps = [r | {name: list(r[name].items()) for name in ("metrics", "state_features")} for r in rows]
+            kinds = {name: pa.map_(pa.string(), pa.float64()) for name in ("metrics", "state_features")}
+            known = ("mdp_id", "sequence_number", "action", "metrics", "state_features", "reward")
+            columns = {name: pa.array([r.get(name) for r in maps], kinds.get(name)) for name in known}
+            pq.write_table(pa.table(columns), path)
+        assert [row["metrics"] for row in read(spark, path)] == [{"orders": 2.0}, {"reward": 3.0}]
+
+    @pytest.mark.parametrize(
+        ("action", "possible", "reason"),
+        [
+            ({"price": None}, None, "missing_action"),
+            ({"price": 1.0}, [None, {"price": 1.0}], "unreadable_possible_actions"),
+            ({"price": 1.0}, [{"price": "dear"}, {"price": 1.0}], "unreadable_possible_actions"),
+            ({"price": 1.0, "size": None}, [{"price": "1.0"}], None),
+        ],
+    )
+    def test_items_that_are_no_numbers(self, spark, tmp_path, action, possible, reason):
+        job = JobSpec.model_validate({"actionSpace": "parametric", "algorithm": {"dqn": {}}})
+        path = jsonl(tmp_path / "log.jsonl", ROW | {"action": action, "possible_actions": possible})
+        [row] = with_reason(read_log(spark, path, action_space="parametric"), job).collect()
+        assert row[REASON] == reason
+
+    def test_a_value_that_is_none_leaves_the_others_of_its_line(self, spark, tmp_path):
+        bad = {"x": "1.5", "y": True, "z": 2.0}
+        path = jsonl(tmp_path / "log.jsonl", {"state_features": bad} | ROW | {"state_features": bad}, ROW)
+        checked = {row[REASON]: row for row in with_reason(read_log(spark, path), JOB).collect()}
+        assert set(checked) == {None, "unreadable_state_features"}
+        row = checked["unreadable_state_features"].asDict(recursive=True)
+        assert {name: row[name] for name in ("mdp_id", "action", "metrics")} == {
+            name: ROW[name] for name in ("mdp_id", "action", "metrics")
+        }
+        [row] = read(spark, jsonl(tmp_path / "texts.jsonl", ROW | {"state_features": {"x": "1.5", "y": 2}}))
+        assert row["state_features"] == {"x": 1.5, "y": 2.0}
 
     def test_a_name_that_is_there_twice(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
