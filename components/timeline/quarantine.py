@@ -19,7 +19,7 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
 
     The reasons: `unparsable` (a line), `unreadable_<column>`, `missing_<column>` of a key, the time or the action,
     `unknown_action`, `action_not_possible`, `probability_out_of_range`, `non_finite_feature`, `non_finite_action`,
-    `non_finite_metric`, and of slates `slate_of_other_size`, `missing_possible_actions`, `choice_not_on_slate`. An item
+    `non_finite_metric`, `missing_possible_actions`, and of slates `slate_of_other_size`, `choice_not_on_slate`. An item
     without a number counts as missing. `duplicate_step` is told when rows are put in order.
     """
     checks: list[tuple[str, Column]] = [
@@ -70,6 +70,7 @@ def _described_action() -> list[tuple[str, Column]]:
     among = F.exists("possible_actions", lambda one: _comparable(one) == _comparable(F.col("action")))
     return [
         ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
+        ("missing_possible_actions", F.exists("possible_actions", _empty)),
         ("non_finite_action", not_finite("action")),
         ("action_not_possible", F.col("possible_actions").isNotNull() & ~F.coalesce(among, F.lit(False))),
     ]

@@ -327,14 +327,15 @@ def _conform(
         if ours == "sequence_number" and in_millionths:
             value = F.round(F.try_multiply(given.try_cast("decimal(38,9)"), F.lit(MICROSECONDS))).try_cast("bigint")
             bad: Column | None = given.isNotNull() & value.isNull()
+        elif ours == "state_features" and types[column] == kind:
+            # Its nulls may stay: a feature that is not known is null later, too.
+            value, bad = given, None
         else:
             value, bad = _typed(given, types[column], kind)
-        if ours != "state_features" and _holds_numbers(kind):
-            # A null is no number. Of a state's features it may stay: one that is not known is null later, too.
-            value, bad = (_number_map if isinstance(kind, T.MapType) else _number_maps)(given, types[column])
         if column in again:
             other, unfit = _typed(F.col(f"{_AGAIN}.`{column}`"), again[column], kind)
-            bad = bad if ours != "state_features" else _twice(given)
+            if _holds_numbers(kind):
+                bad = _twice(given) if isinstance(kind, T.MapType) else F.exists(given, lambda one: one.isNull())
             fits, nothing = F.col(_AGAIN).isNull(), F.lit(False)
             value = F.when(fits, value).otherwise(other)
             bad = F.when(fits, nothing if bad is None else bad).otherwise(nothing if unfit is None else unfit)
@@ -374,6 +375,12 @@ def _conform(
 
 def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, Column | None]:
     """A column in its wanted type, null where it cannot be; and where that is so, if it can happen at all."""
+    if given == wanted and isinstance(wanted, T.MapType):
+        # The least value is null where one is; only then each is looked at, which is slow.
+        full = F.get(F.sort_array(F.map_values(raw)), F.lit(0)).isNotNull()
+        return F.when(full, raw).otherwise(F.map_filter(raw, lambda _, v: v.isNotNull())), None
+    if given == wanted and _holds_numbers(wanted):
+        return F.transform(raw, lambda one: F.map_filter(one, lambda _, v: v.isNotNull())), None
     if given == wanted:
         return raw, None
     if isinstance(wanted, T.LongType):

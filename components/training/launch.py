@@ -150,10 +150,10 @@ def _take_up(before: Path, directory: Path, identity: list[str]) -> None:
         (directory / IDENTITY).write_text(mine)
     if before.exists():
         # At once: what a kill leaves of it must not be taken for this training's.
-        refuse = before.with_suffix(".refuse")
-        shutil.rmtree(refuse, ignore_errors=True)
-        before.rename(refuse)
-        shutil.rmtree(refuse, ignore_errors=True)
+        unwanted = before.with_suffix(".unwanted")
+        shutil.rmtree(unwanted, ignore_errors=True)
+        before.rename(unwanted)
+        shutil.rmtree(unwanted, ignore_errors=True)
 
 
 @contextlib.contextmanager

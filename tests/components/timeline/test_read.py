@@ -391,6 +391,7 @@ class TestWhatCannotBeRead:
             ({"price": None}, None, "missing_action"),
             ({"price": 1.0}, [None, {"price": 1.0}], "unreadable_possible_actions"),
             ({"price": 1.0}, [{"price": "dear"}, {"price": 1.0}], "unreadable_possible_actions"),
+            ({"price": 1.0}, [{"price": None}, {"price": 1.0}], "missing_possible_actions"),
             ({"price": 1.0, "size": None}, [{"price": "1.0"}], None),
         ],
     )
