@@ -19,7 +19,7 @@ from pyspark.sql import types as T
 
 from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, schema, spark_ddl
 from contracts.job import REWARD, Data, split_paths
-from contracts.stage import StageError
+from contracts.stage import StageError, UnreachableError
 from contracts.transitions import ACTION_PREFIX, NEXT_STATE_PREFIX, STATE_PREFIX
 
 AS_IT_WAS = "_as_it_was"
@@ -182,8 +182,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
         said = _said(error)
         if any(words in said for words in NO_CONNECTOR):
             raise StageError(f"{field} {text}: Spark has no connector for it among its jars: {said}") from None
-        # It may well be reached at another time.
-        raise ConnectionError(f"{field} {text}: it cannot be reached: {said}") from None
+        raise UnreachableError(f"{field} {text}: it cannot be reached: {said}") from None
     if absent:
         raise StageError(f"{field} {absent}: no such file or directory")
     if form == "auto":

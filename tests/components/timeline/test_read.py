@@ -18,7 +18,7 @@ from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, read_outcomes
 from contracts.job import Data, JobSpec
-from contracts.stage import StageError
+from contracts.stage import StageError, UnreachableError
 
 JOB = JobSpec.model_validate({"actions": ["left", "right"]})
 
@@ -166,7 +166,7 @@ class TestTheForms:
 
     def test_a_store_that_cannot_be_reached_may_be_at_another_time(self, spark):
         uri = "hdfs://no-such-host.invalid/log"
-        with pytest.raises(ConnectionError, match=rf"data\.decisionLog {uri}: it cannot be reached: .*no-such-host"):
+        with pytest.raises(UnreachableError, match=rf"data\.decisionLog {uri}: it cannot be reached: .*no-such-host"):
             read(spark, uri)
 
     def test_reagent_s_rows_as_they_are(self, spark, tmp_path):
