@@ -50,11 +50,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         log = read_log(spark, decision_log, spec.data, spec.action_space)
         if outcomes:
             log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data.outcome_wait_seconds)
-        checked = with_reason(log, spec)
+        checked = whole = with_reason(log, spec)
         if outcomes:
-            # What is held is computed for every row: of a good one its columns are enough.
-            of_text = checked.schema[AS_IT_WAS].metadata
-            checked = checked.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS)))
+            # What is held is computed for every row: of a good one its columns are enough, until it is set aside.
+            of_text = whole.schema[AS_IT_WAS].metadata
+            checked = whole.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS)))
             checked = checked.withMetadata(AS_IT_WAS, of_text).cache()
         used = in_sample(checked, spec)
         names = look_at(used)
@@ -69,7 +69,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         if not rows:
             raise StageError(f"data.decisionLog {decision_log}: the log is empty; check the path and the time window")
         report(2, 4, f"{rows:,} rows")
-        set_aside(used, plan, directory / "quarantine", nothing=not rejected)
+        set_aside(used, in_sample(whole, spec), plan, directory / "quarantine", nothing=not rejected)
         reasons, examples = count_reasons(spark, directory / "quarantine") if rejected else ({}, {})
         facts |= {
             "rows_in": rows, "rows_out": rows - rejected - left_out, "rows_quarantined": rejected,
@@ -371,12 +371,12 @@ def _metrics_ahead(k: int, broken: Column) -> Column:
     return F.transform(within, lambda step: step["metrics"])
 
 
-def set_aside(used: DataFrame, plan: Plan, path: Path, nothing: bool) -> None:
-    """Write the rejected rows whole, each with its reason."""
+def set_aside(used: DataFrame, whole: DataFrame, plan: Plan, path: Path, nothing: bool) -> None:
+    """Write the rejected rows of `used` as they are in `whole`, each with its reason."""
     # Only an MDP with a row that is bad, or there twice, need be put in order again.
     rejected = F.max(F.col(REASON).isNotNull()) | (F.count("sequence_number") > F.count_distinct("sequence_number"))
     affected = used.groupBy("mdp_id").agg(rejected.alias("affected")).where("affected")
-    theirs = used.alias("used").join(affected.alias("a"), F.expr("used.mdp_id <=> a.mdp_id"), "left_semi")
+    theirs = whole.alias("whole").join(affected.alias("a"), F.expr("whole.mdp_id <=> a.mdp_id"), "left_semi")
     numbered = number_steps(_with_tie(theirs, plan), plan).where(F.col(REASON).isNotNull() & ~F.col(LEFT_OUT))
     rows = numbered.drop("first", "step", LEFT_OUT, "tie", "state", "odd")
     if nothing:
