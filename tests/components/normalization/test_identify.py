@@ -108,16 +108,20 @@ class TestASample:
     """Of 5,000 rows 1,000 are looked at; what they do not show, the counts over all rows do."""
 
     @pytest.fixture(scope="class")
-    def spec(self, tmp_path_factory: pytest.TempPathFactory) -> NormalizationSpec:
-        root, n = tmp_path_factory.mktemp("sample"), 5000
+    def columns(self) -> dict[str, np.ndarray]:
+        n = 5000
         rare = (np.arange(n) == 4321) * 1.0
-        columns = {
+        return {
             "flag_with_seven": np.where(rare, 7.0, rng().integers(0, 2, n)),
             "fraud": rare,
             "share_to_250": np.where(rare, 250.0, rng().beta(2, 5, n)),
             "rank": rng().integers(-3, 3, n) * 1.0,
             "rank_and_more": np.where(rng().random(n) < 0.004, rng().integers(50, 90, n), rng().integers(0, 5, n)),
         }
+
+    @pytest.fixture(scope="class")
+    def spec(self, columns: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> NormalizationSpec:
+        root, n = tmp_path_factory.mktemp("sample"), 5000
         with stage("features", root / "features") as (directory, facts):
             (directory / "training").mkdir()
             keys = {"mdp_id": [f"m{i // 7}" for i in range(n)], "ordinal": [i % 7 + 1 for i in range(n)]}
@@ -144,6 +148,14 @@ class TestASample:
         assert types["share_to_250"] != "probability"
         assert types["rank"] == "enum"
         assert types["rank_and_more"] not in ("enum", "binary"), "it has over forty values"
+
+    def test_tells_how_many_values_all_rows_have(self, spec: NormalizationSpec, columns: dict[str, np.ndarray]) -> None:
+        counts = {name: len(np.unique(column)) for name, column in columns.items()}
+        found = {f.name: f.evidence["distinct"] for f in spec.features}
+        for name in ("flag_with_seven", "fraud", "rank"):
+            assert found[name] == counts[name]
+        assert counts["rank_and_more"] > 15
+        assert found["rank_and_more"] == pytest.approx(counts["rank_and_more"], abs=1)
 
     def test_leaves_no_rare_feature_out(self, spec: NormalizationSpec) -> None:
         fraud = next(f for f in spec.features if f.name == "fraud")
