@@ -96,12 +96,13 @@ def ours(data: Store, features: int, batch: int, precision: str, compiled: bool,
     figures = Figures(directory, learner, data.batch(probe), torch.zeros(PROBE), actions)
     endless = 1 << 40
     batches = data.batches(Shuffled(data.usable, batch, 0), 0, endless)
+    ends = range(EPOCH, endless + 1, EPOCH)
     check = functools.partial(check_converges, most=math.inf, advice="")
-    steps = learn(trainer, batches, 0, endless, EPOCH, batch, figures, check)
+    steps = learn(trainer, batches, 0, ends, batch, figures, check)
 
     def step() -> None:
-        if (done := next(steps)) % EPOCH == 0:
-            save_checkpoint(trainer, done // EPOCH, directory / "checkpoints")
+        if epoch := next(steps):
+            save_checkpoint(trainer, epoch, directory / "checkpoints")
 
     return step
 

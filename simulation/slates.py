@@ -239,7 +239,7 @@ def _named(what: str, numbers: list[float]) -> list[tuple[str, float]]:
 def listed(items: np.ndarray) -> Listed:
     """float32 [B, N, G] as lists."""
     row = torch.arange(len(items)).repeat_interleave(items.shape[1])
-    return Listed(torch.from_numpy(items).flatten(0, 1), row, len(items))
+    return Listed(torch.from_numpy(items).flatten(0, 1), row, *items.shape[:2])
 
 
 def play(name: str, policy: Callable[[Observation], np.ndarray] | None, episodes: int, seed: int) -> SlateLog:

@@ -132,9 +132,11 @@ def _gains(bundle: Bundle, data: Transitions) -> Iterator[tuple[Tensor, Tensor]]
     for start in range(0, len(data), size):
         offsets = torch.from_numpy(lists.offsets[start : start + size + 1])
         items = torch.from_numpy(lists.items[offsets[0] : offsets[-1]])
-        row = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+        lengths = offsets.diff()
+        row = torch.repeat_interleave(lengths)
+        listed = Listed(features[items], row, len(lengths), int(lengths.max()))
         with torch.no_grad():
-            judged = judge_lists(network, states[start : start + size], Listed(features[items], row, len(offsets) - 1))
+            judged = judge_lists(network, states[start : start + size], listed)
         gain = gains(judged, _head(bundle).size)
         item = torch.full(gain.shape, -1)
         item[row, torch.arange(len(row)) - (offsets - offsets[0])[row]] = items

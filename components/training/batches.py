@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -21,6 +23,11 @@ class Shuffled:
     def share(self) -> int:
         """Rows of a batch that are this worker's."""
         return self.end - self.first
+
+    def ends(self, epochs: int) -> list[int]:
+        """The steps with which each row has been seen once, twice and so on; the last may see first ones of the next
+        pass, too."""
+        return [math.ceil(len(self.rows) * epoch / self.batch_size) for epoch in range(1, epochs + 1)]
 
     def at(self, step: int, steps: int = 1) -> np.ndarray:
         """Rows of so many steps, of which the first is step 0, 1, ...: int64 [steps, share]."""

@@ -18,6 +18,26 @@ from contracts.progress import report
 LOSSES = "losses.jsonl"
 
 
+class Look:
+    """What was seen after a step, on its way from the device."""
+
+    def __init__(self, step: int, epoch: int, names: list[str], values: Tensor) -> None:
+        self.step, self.epoch, self._names = step, epoch, names
+        self._values = values.to("cpu", non_blocking=True)
+        self._sent = torch.Event(values.device) if values.is_cuda else None
+        if self._sent:
+            self._sent.record()
+
+    def is_here(self) -> bool:
+        return self._sent is None or self._sent.query()
+
+    def read(self) -> dict[str, float]:
+        """By name; waits for what is not here."""
+        if self._sent:
+            self._sent.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
 class Figures:
     """Writes `losses.jsonl` and `tensorboard` below a directory.
 
@@ -37,7 +57,8 @@ class Figures:
         self.board = SummaryWriter(directory / "tensorboard", purge_step=first)
         self.losses = (directory / LOSSES).open("a", buffering=1)
 
-    def write(self, step: int, steps: int, epoch: int, ends_epoch: bool, seen: dict[str, float]) -> None:
+    def look(self, step: int, epoch: int, ends_epoch: bool, seen: dict[str, Tensor]) -> Look:
+        """Take what there is to see after a step; nothing waits for it."""
         self.learner.settle()
         # What follows the network stays as it is: it has no noise.
         self.learner.network.eval()
@@ -45,24 +66,33 @@ class Figures:
             logged, best, action = self.learner.examine(self.probe)
         self.learner.network.train()
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
-        distance = (logged - self.returns).abs().nanmean().item()
         figures = seen | {
-            **({} if math.isnan(distance) else {"mc_loss": distance}),
-            "q_stddev": logged.std().item(),
-            "q_maximum": best.max().item(),
-            "gradient_norm": torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0,
+            "mc_loss": (logged - self.returns).abs().nanmean(),
+            "q_stddev": logged.std(),
+            "q_maximum": best.max(),
+            "gradient_norm": torch.nn.utils.get_total_norm(gradients) if gradients else best.new_zeros(()),
         }
-        self.losses.write(json.dumps({"step": step, "epoch": epoch} | figures) + "\n")
-        for name, figure in figures.items():
-            self.board.add_scalar(name, figure, step)
+        names = list(figures)
+        values = torch.stack([value.float() for value in figures.values()])
         if ends_epoch:
-            for name, mean in self._taken(action).items():
-                self.board.add_scalar(f"greedy_action/{name}", mean, step)
-        known = "" if math.isnan(distance) else f" mc_loss {distance:.2f}"
-        report(step, steps, f"epoch {epoch} td_loss {seen['td_loss']:.3f}{known}")
+            taken, means = self._taken(action)
+            names += [f"greedy_action/{name}" for name in taken]
+            values = torch.cat([values, means.float()])
+        return Look(step, epoch, names, values)
 
-    def _taken(self, action: Tensor) -> dict[str, float]:
-        """The policy's actions on average, by name."""
+    def write(self, look: Look, steps: int) -> None:
+        """Write down a look at one of so many steps."""
+        # Of what is probed no return may be known.
+        seen = {name: value for name, value in look.read().items() if name != "mc_loss" or not math.isnan(value)}
+        for name, value in seen.items():
+            self.board.add_scalar(name, value, look.step)
+        figures = {name: value for name, value in seen.items() if not name.startswith("greedy_action/")}
+        self.losses.write(json.dumps({"step": look.step, "epoch": look.epoch} | figures) + "\n")
+        known = f" mc_loss {seen['mc_loss']:.2f}" if "mc_loss" in seen else ""
+        report(look.step, steps, f"epoch {look.epoch} td_loss {seen['td_loss']:.3f}{known}")
+
+    def _taken(self, action: Tensor) -> tuple[list[str], Tensor]:
+        """The policy's actions on average, and what each number is called."""
         names, means = self.actions.names, action
         if isinstance(self.probe.possible, Listed):
             assert self.actions.described
@@ -71,7 +101,7 @@ class Figures:
             means = self.probe.possible.features.index_select(0, action.flatten())
         elif self.actions.space == "discrete":
             means = torch.nn.functional.one_hot(action, len(names)).float()
-        return dict(zip(names, means.mean(0).tolist(), strict=True))
+        return names, means.mean(0)
 
     def close(self) -> None:
         self.board.close()

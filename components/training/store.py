@@ -38,19 +38,20 @@ class Offers:
     """What each of N decisions could choose among, of I different items with G normalized features."""
 
     described: Tensor  # float32 [I, G]
-    offsets: Tensor  # int64 [N + 1]
-    items: Tensor  # int64
+    items: Tensor  # int64, on the same device
+    offsets: Tensor  # int64 [N + 1], here, where what a batch takes is known without asking the device
 
     def at(self, rows: Tensor) -> tuple[Listed, Tensor]:
         """The lists at the rows, int64 [B], and where each begins, int64 [B]."""
-        starts = self.offsets.index_select(0, rows)
-        lengths = self.offsets.index_select(0, rows + 1) - starts
-        ends = lengths.cumsum(0)
-        begins = ends - lengths
-        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), lengths)
-        places = (starts - begins).index_select(0, row) + torch.arange(len(row), device=rows.device)
+        device, first = self.items.device, self.offsets.index_select(0, rows)
+        lengths = self.offsets.index_select(0, rows + 1) - first
+        total, longest = int(lengths.numpy().sum()), int(lengths.numpy().max())
+        starts, lengths = sent(first, device), sent(lengths, device)
+        begins = lengths.cumsum(0) - lengths
+        row = torch.repeat_interleave(lengths, output_size=total)
+        places = (starts - begins).index_select(0, row) + torch.arange(total, device=device)
         features = self.described.index_select(0, self.items.index_select(0, places))
-        return Listed(features, row, len(rows)), begins
+        return Listed(features, row, len(rows), longest), begins
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,26 @@ class Store:
     # ones float32 [N, D] in [-1, 1]
     possible: Tensor | Offers | None  # bool [N, A]; None where all actions always are
     reward: Tensor  # float32 [N]
-    next_row: Tensor  # int64 [N]
+    next_row: Tensor  # int64 [N], here, as all that says what a batch gathers
     discount: Tensor  # float32 [N], 0 where the MDP has ended
     usable: np.ndarray  # int64, the rows that can be learned from: those whose next state is known
     graph: NormalizationGraph | None = None
     chosen: Tensor | None = None  # int64 [N], of slates
 
     def batch(self, rows: Tensor) -> Batch:
-        """The transitions at the rows, int64 [B]."""
-        rows = rows.to(self.reward.device)
-        following = self.next_row.index_select(0, rows)
-        action, possible = self._choice(rows)
-        next_action, next_possible = self._choice(following)
+        """The transitions at the rows, int64 [B], here; they lie where the store does, which nothing waits for."""
+        here = rows, self.next_row.index_select(0, rows)
+        (at, action, possible, state), (_, next_action, next_possible, next_state) = map(self._decisions, here)
         return Batch(
-            state=self._state(rows),
+            state=state,
             action=action,
             possible=possible,
-            reward=self.reward.index_select(0, rows),
-            next_state=self._state(following),
+            reward=self.reward.index_select(0, at),
+            next_state=next_state,
             next_action=next_action,
             next_possible=next_possible,
-            discount=self.discount.index_select(0, rows),
-            chosen=None if self.chosen is None else self.chosen.index_select(0, rows),
+            discount=self.discount.index_select(0, at),
+            chosen=None if self.chosen is None else self.chosen.index_select(0, at),
         )
 
     def batches(self, shuffled: Shuffled, start: int, stop: int) -> Iterator[Batch]:
@@ -111,18 +110,23 @@ class Store:
             while waiting:
                 yield from waiting.popleft().result()
 
-    def _state(self, rows: Tensor) -> Tensor:
+    def _decisions(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | Listed | None, Tensor]:
+        """Where the store lies: the rows, the logged actions, what was possible, and the states."""
+        at = sent(rows, self.reward.device)
         if self.graph is None:
-            return self.state.index_select(0, rows)
-        found: Tensor = self.graph(self.state.index_select(0, rows.to(self.state.device)).to(rows.device))
-        return found
-
-    def _choice(self, rows: Tensor) -> tuple[Tensor, Tensor | Listed | None]:
-        action = self.action.index_select(0, rows)
+            state = self.state.index_select(0, at)
+        else:
+            state = self.graph(sent(self.state.index_select(0, rows), at.device))
+        action = self.action.index_select(0, at)
         if isinstance(self.possible, Offers):
             listed, begins = self.possible.at(rows)
-            return (begins if action.dim() == 1 else begins.unsqueeze(1)) + action, listed
-        return action, None if self.possible is None else self.possible.index_select(0, rows)
+            return at, (begins if action.dim() == 1 else begins.unsqueeze(1)) + action, listed, state
+        return at, action, None if self.possible is None else self.possible.index_select(0, at), state
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, on their way there when this returns."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def build_store(
@@ -157,18 +161,29 @@ def build_store(
         if isinstance(data.possible, Lists):
             assert isinstance(policy, NormalizedPairs)
             described = normalized(policy.of_actions, data.possible.described)
-            places = (torch.from_numpy(each).to(device) for each in (data.possible.offsets, data.possible.items))
-            possible = Offers(described, *places)
+            items, offsets = (torch.from_numpy(each) for each in (data.possible.items, data.possible.offsets))
+            possible = Offers(described, items.to(device), offsets)
         elif data.possible is not None and not data.possible.all():
             possible = torch.from_numpy(data.possible).to(device)
-        action, total, next_row, discount = (torch.from_numpy(each).to(device) for each in (data.action, *over))
+        total, next_row, discount = map(torch.from_numpy, over)
+        action = torch.from_numpy(data.action).to(device)
         within = np.ones(len(data), bool)
         if isinstance(policy.network, ActorCriticNetwork):
             action = policy.network.actor.as_unit(action)
             within = (action.abs() <= 1 + 1e-6).all(1).cpu().numpy()
     usable = np.flatnonzero((~data.truncated | everything) & within)
     chosen = None if data.chosen is None else torch.from_numpy(data.chosen).to(device)
-    return Store(state, action, possible, total, next_row, discount, usable, graph if on_disk else None, chosen)
+    return Store(
+        state,
+        action,
+        possible,
+        total.to(device),
+        next_row,
+        discount.to(device),
+        usable,
+        graph if on_disk else None,
+        chosen,
+    )
 
 
 def memory_for_states(device: torch.device) -> float:

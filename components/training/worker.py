@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from components.training.algorithms.learner import Batch
 from components.training.batches import Shuffled
 from components.training.bundle import write_bundle
 from components.training.checkpoint import load_checkpoint, save_checkpoint
-from components.training.figures import Figures, forget_after
+from components.training.figures import Figures, Look, forget_after
 from components.training.store import build_store, local_workers
 from components.training.trainer import Trainer, missing_to_compile
 from components.training.warm_start import start_from
@@ -222,9 +224,9 @@ def run_worker(
         print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
     finished = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, finished, device)
-    per_epoch = spec.training.steps_per_epoch or len(usable) // spec.training.batch_size
-    steps = per_epoch * spec.training.epochs
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
+    given, epochs = spec.training.steps_per_epoch, spec.training.epochs
+    ends = [given * epoch for epoch in range(1, epochs + 1)] if given else shuffled.ends(epochs)
     shared.share(shuffled.first, shuffled.end, spec.training.batch_size, lists=actions.described is not None)
     part = shuffled.share / spec.training.batch_size
     if spec.training.compile and workers > 1:
@@ -235,7 +237,7 @@ def run_worker(
         distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
         distributed.register_comm_hook(part, whole_batch_gradients)
         trainer.call = distributed
-    _clear_up(output, rank, finished, spec.training.epochs)
+    _clear_up(output, rank, finished, epochs)
     probe = probe_rows(usable, data)
     provenance = {
         "seed": spec.seed,
@@ -254,19 +256,18 @@ def run_worker(
     )
     with torch.no_grad():
         probed = store.batch(torch.from_numpy(probe))
-    done = finished * per_epoch
+    done = ends[finished - 1] if finished else 0
     figures = None
     if rank == 0:
         sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
         monte_carlo = data.returns(probe, rewards, discounts) if sequential else rewards[probe]
         figures = Figures(output, learner, probed, torch.from_numpy(monte_carlo).to(device), actions, first=done + 1)
     check = functools.partial(check_converges, most=most, advice=advice)
-    batches = store.batches(shuffled, done, steps)
-    for step in learn(trainer, batches, done, steps, per_epoch, spec.training.batch_size, figures, check):
-        if step % per_epoch == 0 and rank == 0:
-            epoch = step // per_epoch
+    batches = store.batches(shuffled, done, ends[-1])
+    for epoch in learn(trainer, batches, done, ends, spec.training.batch_size, figures, check):
+        if epoch and rank == 0:
             learner.settle()
-            last = epoch == spec.training.epochs
+            last = epoch == epochs
             for directory in [output / "epochs" / f"{epoch:03d}"] + ([output / "policy"] if last else []):
                 write_bundle(
                     directory, network, algorithm, normalization, actions, spec.export,
@@ -281,31 +282,38 @@ def learn(
     trainer: Trainer,
     batches: Iterator[Batch],
     done: int,
-    steps: int,
-    per_epoch: int,
+    ends: Sequence[int],
     batch_size: int,
     figures: Figures | None,
     check: Callable[..., None],
 ) -> Iterator[int]:
-    """Take a step with each batch, and look at the figures now and then; yields each step's number.
+    """Take a step with each batch, and look at the figures now and then; yields the epoch that has ended with it, or 0.
 
-    `batch_size` is that of all workers together. `check` is told of each look, as `check_converges` is.
+    `ends` are the epochs' last steps, `batch_size` is that of all workers together. `check` is told of each look, as
+    `check_converges` is. Between looks at the ends of epochs, nothing waits for the device.
     """
     every = max(LOOK_STEPS, LOOK_ROWS // batch_size)
     recent: list[Tensor] = []
     losses: list[float] = []
+    looks: deque[Look] = deque()
+    epoch = bisect_right(ends, done)
     for step, batch in enumerate(batches, done + 1):
         loss, scores = trainer.step(batch)
         recent.append(loss)
-        if step % every == 0 or step % per_epoch == 0:
+        ended = step == ends[epoch]
+        if step % every == 0 or ended:
             if figures:
                 means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
-                seen = {name: mean.item() for name, mean in means.items()}
-                losses.append(seen["td_loss"])
-                check(seen["q_mean"], losses, step=step)
-                figures.write(step, steps, (step - 1) // per_epoch + 1, step % per_epoch == 0, seen)
+                looks.append(figures.look(step, epoch + 1, ended, means))
             recent.clear()
-        yield step
+        while figures and looks and (ended or looks[0].is_here()):
+            look = looks.popleft()
+            seen = look.read()
+            losses.append(seen["td_loss"])
+            check(seen["q_mean"], losses, step=look.step)
+            figures.write(look, ends[-1])
+        epoch += ended
+        yield epoch * ended
 
 
 def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:

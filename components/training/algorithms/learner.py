@@ -23,11 +23,11 @@ class Listed:
     features: Tensor  # float32 [T, G], normalized
     row: Tensor  # int64 [T], the decision that each belongs to, in rising order
     decisions: int  # B
+    longest: int  # items of the longest list; known here, as to ask the device for it would be to wait for it
 
-    def extents(self) -> tuple[Tensor, Tensor]:
-        """How long each list is, int64 [B], and where it begins, int64 [B]."""
-        lengths = torch.bincount(self.row, minlength=self.decisions)
-        return lengths, lengths.cumsum(0) - lengths
+    def begins(self) -> Tensor:
+        """Where each list begins, int64 [B]."""
+        return torch.searchsorted(self.row, torch.arange(self.decisions, device=self.row.device))
 
 
 Possible = Tensor | Listed | None

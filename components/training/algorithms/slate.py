@@ -49,10 +49,10 @@ def judge_lists(network: SlateNetwork, state: Tensor, listed: Listed) -> Tensor:
     A list that is shorter has items of no appeal, -inf, behind its own.
     """
     found = network(torch.cat([state.index_select(0, listed.row), listed.features], 1))
-    lengths, begins = listed.extents()
-    place = torch.arange(len(found), device=found.device) - begins.index_select(0, listed.row)
-    none = torch.tensor([0.0, -torch.inf], device=found.device)
-    judged = none.repeat(listed.decisions, int(lengths.max()), 1).index_put((listed.row, place), found)
+    place = torch.arange(len(found), device=found.device) - listed.begins().index_select(0, listed.row)
+    filler = found.new_zeros(listed.decisions, listed.longest, 2)
+    filler[..., 1] = -torch.inf
+    judged = filler.index_put((listed.row, place), found)
     return torch.cat([judged, network.nothing(state).unsqueeze(1)], 1)
 
 
@@ -216,6 +216,6 @@ class SlateQLearner(BootstrappingLearner):
         assert isinstance(batch.possible, Listed)
         assert batch.chosen is not None
         judged = judge_lists(self.network, batch.state, batch.possible)
-        own, begins = best_slate(judged, self.network.slate), batch.possible.extents()[1].unsqueeze(1)
+        own, begins = best_slate(judged, self.network.slate), batch.possible.begins().unsqueeze(1)
         shown = judge_slates(self.network, batch.state, batch.action, batch.possible)[:, :, 0]
         return shown.gather(1, batch.chosen.unsqueeze(1)).squeeze(1), worth(on_slates(judged, own)), own + begins

@@ -16,7 +16,7 @@ from components.training.figures import Figures
 from components.training.network import QNetwork
 from contracts.job import DQN
 
-SEEN = {"td_loss": 0.5, "reward": 1.5, "q_mean": 2.0}
+SEEN = {name: torch.tensor(value) for name, value in {"td_loss": 0.5, "reward": 1.5, "q_mean": 2.0}.items()}
 
 
 def learner() -> DQNLearner:
@@ -41,8 +41,8 @@ def test_the_board_shows_losses_values_gradients_actions_and_the_reward(tmp_path
     made, batch, returns = learner(), probe(), torch.full((16,), 3.0)
     figures = Figures(tmp_path, made, batch, returns, Actions(["left", "right"]))
     made(batch)[0].backward()
-    figures.write(50, 200, 1, False, SEEN)
-    figures.write(100, 200, 1, True, SEEN | {"td_loss": 0.25})
+    figures.write(figures.look(50, 1, False, SEEN), 200)
+    figures.write(figures.look(100, 1, True, SEEN | {"td_loss": torch.tensor(0.25)}), 200)
     figures.close()
     found = curves(tmp_path)
     assert found["td_loss"] == [(50, 0.5), (100, 0.25)]
@@ -66,7 +66,7 @@ def test_values_are_held_against_the_returns_that_are_known(tmp_path: Path) -> N
     for known in (4, 0):
         returns[known:] = torch.nan
         figures = Figures(tmp_path / str(known), made, probe(), returns, Actions(["left", "right"]))
-        figures.write(50, 200, 1, False, SEEN)
+        figures.write(figures.look(50, 1, False, SEEN), 200)
         figures.close()
     with torch.no_grad():
         logged = made.network(probe().state)[range(16), probe().action]
@@ -81,7 +81,7 @@ def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:
     for first, steps in ((1, (50, 100, 150)), (101, (150, 200))):
         figures = Figures(tmp_path, made, probe(), torch.zeros(16), Actions(["left", "right"]), first)
         for step in steps:
-            figures.write(step, 200, 1, False, SEEN)
+            figures.write(figures.look(step, 1, False, SEEN), 200)
         figures.close()
     assert [step for step, _ in curves(tmp_path)["td_loss"]] == [50, 100, 150, 200]
 
@@ -92,11 +92,11 @@ def test_of_items_it_shows_what_those_are_like_that_the_policy_takes(tmp_path: P
     price = FeatureNormalization(name="price", type="continuous", how="by hand", evidence={})
     described = NormalizationSpec(inputs=["topic", "price"], features=[topic, price])
     items = torch.tensor([[1.0, 1, 0, 0], [2, 0, 1, 0], [4, 1, 0, 0], [8, 0, 0, 1], [16, 0, 0, 1]])
-    batch = replace(probe(2), possible=Listed(items, torch.tensor([0, 0, 1, 1, 1]), 2))
+    batch = replace(probe(2), possible=Listed(items, torch.tensor([0, 0, 1, 1, 1]), 2, 3))
     taken, made = torch.tensor(action), learner()
     made.examine = lambda _: (torch.zeros(2), torch.zeros(2), taken)  # type: ignore[method-assign]
     figures = Figures(tmp_path, made, batch, torch.zeros(2), Actions([], described=described))
-    figures.write(50, 50, 1, True, SEEN)
+    figures.write(figures.look(50, 1, True, SEEN), 50)
     figures.close()
     means = items[taken.flatten()].mean(0)
     names = ("price", "topic value 3", "topic value 5", "topic other value")
@@ -108,7 +108,7 @@ def test_of_numbers_it_shows_what_the_policy_sets_them_to(tmp_path: Path) -> Non
     made, batch = learner(), probe()
     made.examine = lambda _: (torch.zeros(16), torch.zeros(16), torch.full((16, 1), 2.5))  # type: ignore[method-assign]
     figures = Figures(tmp_path, made, batch, torch.zeros(16), Actions(["price"], [(0.0, 4.0)]))
-    figures.write(50, 50, 1, True, SEEN)
+    figures.write(figures.look(50, 1, True, SEEN), 50)
     figures.close()
     assert curves(tmp_path)["greedy_action/price"] == [(50, pytest.approx(2.5))]
     assert np.isfinite([value for events in curves(tmp_path).values() for _, value in events]).all()

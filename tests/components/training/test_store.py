@@ -92,11 +92,12 @@ def test_lists_of_any_length_take_no_more_room_than_their_items() -> None:
     lengths[500] = 100_000
     offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
     items = torch.arange(int(offsets[-1])) % 70_000
-    offers = Offers(torch.arange(70_000.0)[:, None].expand(-1, 3), offsets, items)
+    offers = Offers(torch.arange(70_000.0)[:, None].expand(-1, 3), items, offsets)
     listed, begins = offers.at(torch.tensor([3, 500, 999]))
     assert listed.features.shape == (100_004, 3)
     assert listed.row.bincount().tolist() == [2, 100_000, 2]
-    assert begins.tolist() == [0, 2, 100_002]
+    assert listed.longest == 100_000
+    assert begins.tolist() == listed.begins().tolist() == [0, 2, 100_002]
     assert listed.features[:3, 0].tolist() == [6.0, 7.0, float(offsets[500] % 70_000)]
 
 

@@ -85,6 +85,15 @@ def test_several_steps_are_drawn_at_once_as_one_by_one(workers: int) -> None:
     np.testing.assert_array_equal(np.concatenate([at_once.at(0, 4), at_once.at(4, 11)]), one_by_one)
 
 
+@pytest.mark.parametrize("batch", [12, 16, 25, 60])
+def test_an_epoch_ends_when_every_row_was_seen_once_more(batch: int) -> None:
+    ends = Shuffled(ROWS, batch, 5).ends(4)
+    stream = permuted_batches(ROWS, batch, ends[-1], 5, 0, 1).reshape(-1)
+    for epoch, end in enumerate(ends, 1):
+        assert np.bincount(stream[: end * batch] - 100).min() == epoch
+        assert np.bincount(stream[: (end - 1) * batch] - 100, minlength=len(ROWS)).min() == epoch - 1
+
+
 def test_a_batch_may_be_larger_than_a_pass() -> None:
     seen = Shuffled(ROWS[:10], 25, 5).at(0)[0]
     assert np.bincount(seen - 100, minlength=10).tolist().count(2) == 5

@@ -46,7 +46,9 @@ def lists(place: np.ndarray) -> tuple[Listed, np.ndarray]:
     there = possible(place)
     row, move = there.nonzero()
     features = NormalizationGraph(ACTION)(torch.from_numpy(MOVES[move]).float()[:, None])
-    return Listed(features, torch.from_numpy(row), len(place)), there.ravel().cumsum().reshape(there.shape) - 1
+    return Listed(features, torch.from_numpy(row), len(place), len(MOVES)), there.ravel().cumsum().reshape(
+        there.shape
+    ) - 1
 
 
 def feature(name: str, type_: str, **more: Any) -> FeatureNormalization:

@@ -25,7 +25,7 @@ def tables(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, 
 
 def as_lists(scores: torch.Tensor, possible: torch.Tensor) -> tuple[torch.Tensor, Listed]:
     row, _ = possible.nonzero(as_tuple=True)
-    return scores[possible], Listed(torch.zeros(len(row), 1), row, B)
+    return scores[possible], Listed(torch.zeros(len(row), 1), row, B, A)
 
 
 def place(possible: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_a_head_over_lists_is_one_over_tables(
 
 
 def test_a_decision_that_lists_nothing_has_no_part_in_the_others() -> None:
-    listed = Listed(torch.zeros(2, 1), torch.tensor([0, 2]), 3)
+    listed = Listed(torch.zeros(2, 1), torch.tensor([0, 2]), 3, 1)
     scores = torch.tensor([1.0, 5.0])
     assert learner.best(scores, listed).tolist() == [0, 0, 1]
     assert learner.highest(scores, listed)[[0, 2]].tolist() == [1.0, 5.0]

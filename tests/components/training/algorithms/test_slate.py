@@ -38,7 +38,9 @@ def apart(gain: Tensor, slate: Tensor) -> Tensor:
 
 def lists(*features: list[float]) -> Listed:
     row = torch.repeat_interleave(torch.arange(len(features)), torch.tensor([len(each) for each in features]))
-    return Listed(torch.tensor([x for each in features for x in each])[:, None], row, len(features))
+    return Listed(
+        torch.tensor([x for each in features for x in each])[:, None], row, len(features), max(map(len, features))
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
