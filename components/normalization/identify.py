@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from multiprocessing.pool import ThreadPool
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from scipy import optimize, stats
 
@@ -27,7 +26,6 @@ SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
 HASHES = 10**15
 """Fine enough for a sample of thousands in billions of rows."""
-MASKS = 8
 LARGEST = 3e38
 """A float32 holds little more."""
 
@@ -36,8 +34,9 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
     """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
     Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
-    normality, and all rows for counts and ends. An action's feature is called `action_feature_<name>` where both kinds
-    are spoken of. Raises `StageError` when no feature of the state is left to learn from.
+    normality, and all rows for counts and ends; and once more the columns of few integers of which the sample has
+    missed some. An action's feature is called `action_feature_<name>` where both kinds are spoken of. Raises
+    `StageError` when no feature of the state is left to learn from.
     """
     record = read_record(features)
     groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
@@ -109,34 +108,24 @@ def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
 
 
 def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many distinct values."""
+    """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many have other values."""
     parts = [F.count(F.lit(1))]
     for column in columns:
         value = F.col(f"`{column}`")
         parts += [F.count(value), F.min(value), F.max(value)]
-    parts += [part for column, values in few.items() for part in _others(column, values)]
+    parts += [F.count_if(~F.col(f"`{c}`").cast("float").isin(values.tolist())) for c, values in few.items()]
     rows, *found = data.agg(*parts).collect()[0]
     result: dict[str, dict[str, Any]] = {}
     for i, column in enumerate(columns):
         count, low, high = found[3 * i : 3 * i + 3]
         result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
-    masks = iter(found[3 * len(columns) :])
-    for column, values in few.items():
-        marked = sum(((next(masks) or 0) % 2**64).bit_count() for _ in range(MASKS))
-        result[column]["distinct"] = values.size + round(-64 * MASKS * math.log1p(-marked / (64 * MASKS + 1)))
+    others = dict(zip(few, found[3 * len(columns) :], strict=True))
+    # Values that the sample missed are few, if there are any: only then are they counted.
+    if seldom := [c for c, n in others.items() if n]:
+        distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
+        for column, n in zip(seldom, distinct, strict=True):
+            result[column]["distinct"] = max(n, few[column].size + 1)
     return result
-
-
-def _others(column: str, values: np.ndarray) -> list[Column]:
-    """Of the values that are not among these, marks in `MASKS` of 64 bits, each value's own mark by its hash.
-
-    How many bits are left tells how many distinct values there are (linear counting, Whang et al. 1990): all but exact
-    for few, and compiled with the rest of the pass, as Spark's own sketches are not.
-    """
-    value = F.col(f"`{column}`").cast("float")
-    place = F.when(~value.isin(values.tolist()), F.pmod(F.xxhash64(value), F.lit(64 * MASKS)).cast("int"))
-    mark = F.call_function("shiftleft", F.lit(1).cast("long"), place % 64)
-    return [F.bit_or(F.when(F.floor(place / 64) == i, mark)) for i in range(MASKS)]
 
 
 def examine(

@@ -61,13 +61,18 @@ def test_a_log_takes_possible_moves_and_ends_where_it_must() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "far"),
     [
+        ("DQN", 5.0),
         ("double DQN", 5.0),
+        ("dueling double DQN", 5.0),
+        ("noisy double DQN", 5.0),
         ("SARSA", 5.0),
         ("C51", 5.0),
-        ("double DQN, moves described", 6.0),
-        ("BCQ", 5.0),
         ("QR-DQN", 9.0),
+        ("BCQ", 5.0),
         ("CQL, alpha 0.01", 9.0),
+        ("double DQN, moves described", 6.0),
+        ("C51, moves described", 5.0),
+        ("QR-DQN, moves described", 9.0),
     ],
 )
 def test_learned_values_are_near_the_true_ones(algorithm: str, far: float) -> None:
@@ -75,6 +80,7 @@ def test_learned_values_are_near_the_true_ones(algorithm: str, far: float) -> No
     assert gridworld(TRUTH, BY_CHANCE, 0) > 50
 
 
-def test_acting_on_them_loses_next_to_nothing() -> None:
-    assert gridworld(LOSS, "double DQN", 0) < 1
+@pytest.mark.parametrize(("algorithm", "most"), [("double DQN", 1), ("2-step double DQN", 3)])
+def test_acting_on_them_loses_next_to_nothing(algorithm: str, most: float) -> None:
+    assert gridworld(LOSS, algorithm, 0) < most
     assert gridworld(LOSS, BY_CHANCE, 0) > 50

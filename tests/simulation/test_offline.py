@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from simulation.offline import LOGGED, LOGS, ROWS, cartpole, logged
+from simulation import offline
+from simulation.offline import ALGORITHMS, LOGGED, LOGS, ROWS, cartpole, logged
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("random", 20, 24), ("mixed", 33, 43), ("mediocre", 45, 55)])
@@ -20,6 +21,14 @@ def test_a_log_has_its_rows_and_its_return(name: str, low: float, high: float) -
 def test_cql_learns_to_balance_from_a_mediocre_log() -> None:
     assert cartpole("mediocre", "3-step CQL", 3) >= 400
     assert cartpole("mediocre", LOGGED, 3) < 60
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_short_training_beats_who_logged(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "STEPS", 1_000)
+    # A clone of chance is no better than chance.
+    log = "mediocre" if algorithm == "behaviour cloning" else "random"
+    assert cartpole(log, algorithm, 3) > 2 * cartpole(log, LOGGED, 3)
 
 
 def test_the_same_seed_plays_the_same_log() -> None:

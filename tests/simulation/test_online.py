@@ -1,5 +1,6 @@
 """Learning by playing: what is remembered, and that it is learned from."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from contracts.job import JobError
 from simulation import online
 from simulation.online import Held, Replay, Settings, actions_of, learn_online, make, normalization_of, settings_for
 from simulation.standardized import standardized
+from simulation.studies import ONLINE, STUDIES
 
 
 def remembered(rows: int, filled: int) -> Replay:
@@ -77,6 +79,25 @@ def test_what_is_known_to_work_works(environment: str, bar: float) -> None:
     settings, made = settings_for(environment, algorithm, {})
     learned = learn_online(environment, made, settings, seed=0)
     assert len(learned.returns) == 100
+    assert np.mean(learned.returns) >= bar
+
+
+PLAYS = STUDIES["online"].fits
+
+
+@pytest.mark.parametrize(
+    ("environment", "row", "decisions", "bar"),
+    [
+        *[("CartPole-v1", row, 40_000, 120) for row in ONLINE if PLAYS("CartPole-v1", row) and row != "double DQN"],
+        *[("Pendulum-v1", row, 6_000, -300) for row in ONLINE if PLAYS("Pendulum-v1", row) and row != "TD3"],
+        ("Acrobot-v1", "double DQN", 60_000, -200),
+    ],
+)
+def test_a_short_play_is_far_better_than_chance(environment: str, row: str, decisions: int, bar: float) -> None:
+    name, given = ONLINE[row]
+    settings, made = settings_for(environment, name, given, decisions)
+    enough = {"CartPole-v1": 150, "Pendulum-v1": -200, "Acrobot-v1": -150}[environment]
+    learned = learn_online(environment, made, replace(settings, enough=enough), seed=0)
     assert np.mean(learned.returns) >= bar
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from simulation import pendulum as pendulum_log
 from simulation.offline import LOGGED
 from simulation.pendulum import LENGTH, ROWS, TORQUE, controlled, logged, pendulum
 
@@ -31,3 +32,11 @@ def test_the_controller_is_better_than_chance_and_holds_the_top() -> None:
 
 def test_td3_bc_does_better_than_who_logged() -> None:
     assert pendulum("mediocre", "TD3+BC", 0) > pendulum("mediocre", LOGGED, 0) + 40
+
+
+@pytest.mark.parametrize("algorithm", ["DDPG", "TD3", "SAC", "IQL"])
+def test_a_short_training_on_all_there_is_to_do_halves_what_chance_costs(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pendulum_log, "STEPS", 2_000)
+    assert pendulum("random", algorithm, 0) > pendulum("random", LOGGED, 0) / 2

@@ -94,9 +94,11 @@ def test_a_log_is_what_a_product_would_write_propensities_of_items_alike_togethe
         assert dict(row["metrics"]) == {"reward": pytest.approx(reward), "choice": (chosen + 1) % 3}
 
 
-def test_slates_learned_from_a_log_of_random_ones_keep_people_longer() -> None:
-    log = play("interest evolution", None, 250, 0)
-    network = learn_from(log, SlateQ(hiddenLayers=[64, 64], targetUpdateRate=0.02), 1500, 0)
-    learned, by_chance = (play("interest evolution", n, 150, 1).returns for n in (network, None))
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("next_slate", ["best", "logged"])
+def test_slates_learned_from_a_log_of_random_ones_keep_people_longer(name: str, next_slate: str) -> None:
+    log, config = play(name, None, 150, 0), SlateQ(hiddenLayers=[64, 64], targetUpdateRate=0.02, nextSlate=next_slate)
+    network = learn_from(log, config, 800, 0)
+    learned, by_chance = (play(name, policy, 100, 1).returns for policy in (network, None))
     error = np.sqrt(learned.var() / len(learned) + by_chance.var() / len(by_chance))
     assert learned.mean() > by_chance.mean() + 3 * error

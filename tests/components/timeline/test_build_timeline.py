@@ -60,12 +60,10 @@ def test_rows_in_are_rows_out_plus_quarantined_and_mdps_stay_whole(tmp_path):
     assert len(seen) == 40
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_duplicate_is_set_aside_with_columns_that_are_not_of_the_contract(told, tmp_path):
+def test_a_duplicate_is_set_aside_with_columns_that_are_not_of_the_contract(tmp_path):
     log = write(tmp_path / "log.jsonl", [*ROWS, ROWS[5] | {"event_time": "2026-01-02T00:00:00Z", "shelf": "upper"}])
     outcome = {"mdp_id": "m5", "sequence_number": 0, "metrics": {"sale": 1.0}}
-    outcomes = write(tmp_path / "outcomes.jsonl", [outcome]) if told else None
-    build_timeline(spec(), log, outcomes, tmp_path / "out")
+    build_timeline(spec(), log, write(tmp_path / "outcomes.jsonl", [outcome]), tmp_path / "out")
     [duplicate] = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
     assert duplicate["quarantine_reason"] == "duplicate_step"
     assert json.loads(duplicate["_as_it_was"])["shelf"] == "upper"
