@@ -26,6 +26,11 @@ def share(first: int, end: int, rows: int, lists: bool = False) -> None:
     _own = _Share(first, end, rows, lists)
 
 
+def place(rows: int) -> tuple[int, int]:
+    """Where in the batch the rows of this process, so many, begin, and how many all have."""
+    return (0, rows) if _own is None else (_own.first, _own.rows)
+
+
 def normal(rows: int, size: int, like: Tensor) -> Tensor:
     """Standard normal numbers on `like`'s device, float32 [rows, size]: for a row the same on any number of workers.
 

@@ -290,7 +290,8 @@ def learn(
     """Take a step with each batch, and look at the figures now and then; yields the epoch that has ended with it, or 0.
 
     `ends` are the epochs' last steps, `batch_size` is that of all workers together. `check` is told of each look, as
-    `check_converges` is. Between looks at the ends of epochs, nothing waits for the device.
+    `check_converges` is. What is looked at within an epoch is taken when it has come, so that nothing waits for the
+    device.
     """
     every = max(LOOK_STEPS, LOOK_ROWS // batch_size)
     recent: list[Tensor] = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from components.training import shared
 from components.training.algorithms.learner import Batch, Learner, taken
 
 NODES = 161
@@ -29,7 +32,7 @@ class LinearRewards(nn.Module):
             ("covariance", (actions, width, width)),
         ):
             self.register_buffer(name, torch.zeros(shape))
-        self.settle(1.0)
+        self.settle()
 
     def add(self, x: Tensor, action: Tensor, reward: Tensor) -> None:
         """Decisions [B] with normalized features [B, F]; of all workers, where there are several."""
@@ -43,12 +46,12 @@ class LinearRewards(nn.Module):
         self.get_buffer("outer").add_(outer)
         self.get_buffer("moment").add_(moment)
 
-    def settle(self, share: float) -> None:
-        """Find the weights, each sum counted for `share` of itself."""
-        outer = self.get_buffer("outer").double() * share
+    def settle(self) -> None:
+        """Find the weights."""
+        outer = self.get_buffer("outer").double()
         outer = outer + self.regularization * torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
         covariance = torch.linalg.inv(outer)
-        theta = torch.einsum("aij,aj->ai", covariance, self.get_buffer("moment").double() * share)
+        theta = torch.einsum("aij,aj->ai", covariance, self.get_buffer("moment").double())
         self.get_buffer("covariance").copy_(covariance)
         self.get_buffer("theta").copy_(theta)
 
@@ -118,31 +121,39 @@ def log_normal_cdf(x: Tensor) -> Tensor:
 
 
 class LinearBandit(Learner):
-    """Learns by counting, not by steps: each decision once, however often batches show it."""
+    """Learns by counting, not by steps: each decision once, in the first pass, however often batches show it.
+
+    It asks the device which decisions took each action.
+    """
 
     network: UpperBounds | ThompsonSampling
 
     def __init__(self, network: UpperBounds | ThompsonSampling) -> None:
         super().__init__(network)
-        self.rows = 0
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.rows, self.seen = math.inf, 0
 
     def expect(self, rows: int) -> None:
         self.rows = rows
 
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = int(state)
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         expected = taken(self.network.rewards(batch.state), batch.action, None)
+        mine = len(batch.reward)
+        first, whole = shared.place(mine)
+        # A batch may go over into the next pass.
+        new = int(min(max(self.rows - self.seen - first, 0), mine))
+        self.seen += whole
         with torch.no_grad():
-            self.network.rewards.add(batch.state, batch.action, batch.reward)
-            size = batch.reward.new_tensor(len(batch.reward), dtype=torch.int64)
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(size)
-            self.get_buffer("seen").add_(size)
+            self.network.rewards.add(batch.state[:new], batch.action[:new], batch.reward[:new])
         return functional.mse_loss(expected, batch.reward), expected
 
     def settle(self) -> None:
-        seen = int(self.get_buffer("seen"))
-        self.network.rewards.settle(min(1.0, self.rows / seen) if self.rows and seen else 1.0)
+        self.network.rewards.settle()
 
     @property
     def valuing(self) -> nn.Module:

@@ -134,7 +134,7 @@ def test_each_algorithms_network_agrees_with_its_graph(tmp_path: Path, algorithm
         x, action = torch.randn(5000, 12), (torch.rand(5000) < 0.5).long()
         action[:5] = 2
         rewards.add(x[:, : rewards.theta.shape[1] - 1], action, action + 0.3 * torch.randn(5000))
-        rewards.settle(1.0)
+        rewards.settle()
     policy = exported_to(tmp_path / "model.onnx", network, AT_07, 7, 3)
     every = np.concatenate([states(1000, 7), EXTREMES])
     assert check_onnx(policy, described(7, 3), tmp_path / "model.onnx", every, seed=0) <= TOLERANCE

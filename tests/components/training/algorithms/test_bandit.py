@@ -10,6 +10,7 @@ from components.training.actions import Actions
 from components.training.algorithms.bandit import LinearBandit, LinearRewards, ThompsonSampling
 from components.training.algorithms.build import build_learner, build_network
 from components.training.algorithms.learner import Batch, Learner
+from components.training.batches import Shuffled
 from components.training.trainer import Trainer
 from contracts.job import Algorithm
 
@@ -111,6 +112,19 @@ def test_what_was_seen_in_part_counts_for_that_part() -> None:
     assert isinstance(whole, LinearBandit)
     assert isinstance(more, LinearBandit)
     torch.testing.assert_close(more.network.rewards.theta, whole.network.rewards.theta)
+
+
+def test_a_batch_that_goes_over_into_the_next_pass_counts_no_decision_twice() -> None:
+    made = Algorithm.model_validate({"linUcb": {"regularization": 2.0}})
+    learner = build_learner(made, build_network(made, SPEC, Actions([f"arm {i}" for i in range(ARMS)])))
+    learner.expect(N)
+    shuffled, (x, arm, reward) = Shuffled(np.arange(N), 7 * N // 12, 0), log()
+    for step in range(shuffled.ends(1)[0]):
+        rows = shuffled.at(step)[0]
+        learner(batch(x[rows], arm[rows], reward[rows]))
+    learner.settle()
+    assert isinstance(learner, LinearBandit)
+    np.testing.assert_allclose(learner.network.rewards.theta, by_hand()[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_logistic_bandit_learns_probabilities() -> None:
