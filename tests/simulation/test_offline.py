@@ -18,7 +18,8 @@ def test_a_log_has_its_rows_and_its_return(name: str, low: float, high: float) -
     assert played.truncated.sum() <= len(LOGS[name]) + (played.returns >= 500).sum()
 
 
-def test_cql_learns_to_balance_from_a_mediocre_log() -> None:
+def test_cql_learns_to_balance_from_a_mediocre_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "STEPS", 1_500)
     assert cartpole("mediocre", "3-step CQL", 3) >= 400
     assert cartpole("mediocre", LOGGED, 3) < 60
 
@@ -26,6 +27,7 @@ def test_cql_learns_to_balance_from_a_mediocre_log() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_short_training_beats_who_logged(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "STEPS", 1_000)
+    monkeypatch.setattr(offline, "EPISODES", 30)
     # A clone of chance is no better than chance.
     log = "mediocre" if algorithm == "behaviour cloning" else "random"
     assert cartpole(log, algorithm, 3) > 2 * cartpole(log, LOGGED, 3)

@@ -30,7 +30,8 @@ def test_the_controller_is_better_than_chance_and_holds_the_top() -> None:
     assert leaning == pytest.approx(-TORQUE)
 
 
-def test_td3_bc_does_better_than_who_logged() -> None:
+def test_td3_bc_does_better_than_who_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pendulum_log, "STEPS", 2_000)
     assert pendulum("mediocre", "TD3+BC", 0) > pendulum("mediocre", LOGGED, 0) + 40
 
 
