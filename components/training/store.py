@@ -45,6 +45,7 @@ class Offers:
         """The lists at the rows, int64 [B], and where each begins, int64 [B]."""
         device, first = self.items.device, self.offsets.index_select(0, rows)
         lengths = self.offsets.index_select(0, rows + 1) - first
+        # By numpy: the host's own, which no test for what asks a device should take for a device's.
         total, longest = int(lengths.numpy().sum()), int(lengths.numpy().max())
         starts, lengths = sent(first, device), sent(lengths, device)
         begins = lengths.cumsum(0) - lengths
@@ -173,17 +174,8 @@ def build_store(
             within = (action.abs() <= 1 + 1e-6).all(1).cpu().numpy()
     usable = np.flatnonzero((~data.truncated | everything) & within)
     chosen = None if data.chosen is None else torch.from_numpy(data.chosen).to(device)
-    return Store(
-        state,
-        action,
-        possible,
-        total.to(device),
-        next_row,
-        discount.to(device),
-        usable,
-        graph if on_disk else None,
-        chosen,
-    )
+    reward, discount = total.to(device), discount.to(device)
+    return Store(state, action, possible, reward, next_row, discount, usable, graph if on_disk else None, chosen)
 
 
 def memory_for_states(device: torch.device) -> float:
