@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from components.evaluation.acted import PAIRS, Plan
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
+from components.training.algorithms.learner import taken
 from components.training.network import QNetwork
 from components.transitions import Transitions
 
@@ -42,25 +43,26 @@ class FittedQ:
         self.normalization = NormalizationGraph(normalization)
         self.network = self._network(self.normalization.outputs, data)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
+        self._slow: list[Tensor] = list(self.target.parameters())
+        self._fast: list[Tensor] = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=True)
         self.generator = torch.Generator().manual_seed(seed)
-        self.discount = torch.from_numpy(discount)
         ahead = discount[~(data.terminal | data.truncated)]
         self.looks_ahead = bool(ahead.any())
         usable = ~data.truncated if self.looks_ahead else np.ones(len(data), bool)
         self.rows = torch.from_numpy(np.flatnonzero(usable))
         self.state = self.normalization(torch.from_numpy(data.state))
         self.action = self._actions(data)
-        self.metrics = torch.from_numpy(data.metrics)
         self.next_row = torch.from_numpy(data.next_row)
-        self.continues = torch.from_numpy(~data.terminal).float().unsqueeze(1)
+        self.discount = torch.from_numpy(np.where(data.terminal, np.float32(0), discount)).unsqueeze(1)
         # Metrics differ in size by orders of magnitude; each is fitted in units of its own root mean square.
-        size = self.metrics.square().mean(0).sqrt()
+        metrics = torch.from_numpy(data.metrics)
+        size = metrics.square().mean(0).sqrt()
         self.scale = torch.where(size > 0, size, 1.0)
+        self.metrics = scaled = metrics / self.scale
 
         most = float(ahead.max(initial=0.0))
         forever = 1 / (1 - most) if most < 1 else torch.inf
-        scaled = self.metrics / self.scale
         self.reach = self._reach(most, int(np.bincount(data.mdp).max())) if self.looks_ahead else 0
         self.lowest = torch.where(scaled.amin(0) < 0, scaled.amin(0) * forever, 0.0)
         self.highest = torch.where(scaled.amax(0) > 0, scaled.amax(0) * forever, 0.0)
@@ -83,24 +85,24 @@ class FittedQ:
     def _expected(self, rows: Tensor, policy: Any) -> Tensor:
         """What follows is worth at the rows [B] under the policy, [B, M]."""
         probabilities = torch.from_numpy(policy[rows.numpy()]).float()
-        return (self.target(self.state[rows]) * probabilities.unsqueeze(2)).sum(1)
+        values = self.target(self.state.index_select(0, rows))
+        return torch.bmm(probabilities.unsqueeze(1), values).squeeze(1)
 
     def _logged(self, rows: Tensor) -> Tensor:
         """Q(s, a) of the logged actions, [B, M]."""
-        found: Tensor = self.network(self.state[rows])[torch.arange(len(rows)), self.action[rows]]
-        return found
+        values = self.network(self.state.index_select(0, rows))
+        return taken(values, self.action.index_select(0, rows), None)
 
     def fit(self, policy: Any, steps: int) -> None:
         """Take `steps` steps towards the values of `policy`, probabilities [N, A] at the rows of the data."""
         for _ in range(steps):
             rows = self.rows[torch.randint(len(self.rows), (BATCH,), generator=self.generator)]
-            wanted = self.metrics[rows] / self.scale
+            wanted = self.metrics.index_select(0, rows)
             if self.looks_ahead:
-                following = self.next_row[rows]
+                following = self.next_row.index_select(0, rows)
                 with torch.no_grad():
-                    value = self._expected(following, policy)
-                    value = torch.minimum(torch.maximum(value, self.lowest), self.highest)
-                wanted = wanted + self.discount[rows, None] * self.continues[rows] * value
+                    value = self._expected(following, policy).clamp(self.lowest, self.highest)
+                wanted = wanted + self.discount.index_select(0, rows) * value
             q = self._logged(rows)
             # Squared, not Huber's, whose minimum is not the mean: a rare event would be estimated as none.
             loss = nn.functional.mse_loss(q, wanted)
@@ -108,8 +110,7 @@ class FittedQ:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             with torch.no_grad():
-                for slow, fast in zip(self.target.parameters(), self.network.parameters(), strict=True):
-                    slow.lerp_(fast, TARGET_UPDATE_RATE)
+                torch._foreach_lerp_(self._slow, self._fast, TARGET_UPDATE_RATE)
 
     def predict(self, state: np.ndarray) -> np.ndarray:
         """Action values per metric, float64 [N, A, M]."""
@@ -135,10 +136,11 @@ class FittedPairs(FittedQ):
         return self.features
 
     def _expected(self, rows: Tensor, policy: Plan) -> Tensor:
-        return _over_plan(self.target, self.state[rows], policy, rows)
+        return _over_plan(self.target, self.state.index_select(0, rows), policy, rows)
 
     def _logged(self, rows: Tensor) -> Tensor:
-        found: Tensor = self.network(torch.cat([self.state[rows], self.action[rows]], 1)).squeeze(1)
+        pairs = [values.index_select(0, rows) for values in (self.state, self.action)]
+        found: Tensor = self.network(torch.cat(pairs, 1)).squeeze(1)
         return found
 
     def predict_acted(self, state: np.ndarray, *plans: Plan) -> np.ndarray:
@@ -156,5 +158,5 @@ class FittedPairs(FittedQ):
 def _over_plan(network: nn.Module, state: Tensor, policy: Plan, rows: Tensor) -> Tensor:
     """Values of the states [B, F] at the rows [B] under the policy, [B, M]."""
     row, features, probability = policy.at(rows)
-    values = network(torch.cat([state[row], features], 1)).squeeze(1) * probability.unsqueeze(1)
+    values = network(torch.cat([state.index_select(0, row), features], 1)).squeeze(1) * probability.unsqueeze(1)
     return values.new_zeros(len(rows), values.shape[1]).index_add(0, row, values)
