@@ -36,10 +36,11 @@ class LinearRewards(nn.Module):
 
     def add(self, x: Tensor, action: Tensor, reward: Tensor) -> None:
         """Decisions [B] with normalized features [B, F]; of all workers, where there are several."""
-        known = _with_one(x)
-        parts = [(known[rows], reward[rows]) for rows in (action == a for a in range(len(self.get_buffer("moment"))))]
-        outer = torch.stack([k.T @ k for k, _ in parts])
-        moment = torch.stack([k.T @ r for k, r in parts])
+        known, actions = _with_one(x), torch.arange(len(self.get_buffer("moment")), device=x.device)
+        # Each action's sum is over all decisions, most of them times 0: which are its own, the device would be asked.
+        took = (action == actions.unsqueeze(1)).to(x.dtype)
+        outer = torch.stack([known.T * own @ known for own in took])
+        moment = took * reward @ known
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(outer)
             dist.all_reduce(moment)
@@ -50,7 +51,8 @@ class LinearRewards(nn.Module):
         """Find the weights."""
         outer = self.get_buffer("outer").double()
         outer = outer + self.regularization * torch.eye(outer.shape[1], dtype=outer.dtype, device=outer.device)
-        covariance = torch.linalg.inv(outer)
+        # Without a check whether it has one, for which the device would be asked: of what is positive definite, it has.
+        covariance, _ = torch.linalg.inv_ex(outer)
         theta = torch.einsum("aij,aj->ai", covariance, self.get_buffer("moment").double())
         self.get_buffer("covariance").copy_(covariance)
         self.get_buffer("theta").copy_(theta)
@@ -121,10 +123,7 @@ def log_normal_cdf(x: Tensor) -> Tensor:
 
 
 class LinearBandit(Learner):
-    """Learns by counting, not by steps: each decision once, in the first pass, however often batches show it.
-
-    It asks the device which decisions took each action.
-    """
+    """Learns by counting, not by steps: each decision once, in the first pass, however often batches show it."""
 
     network: UpperBounds | ThompsonSampling
 

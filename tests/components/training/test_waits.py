@@ -27,7 +27,7 @@ DESCRIBED = NormalizationSpec(
 )
 ASKING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::masked_select", "aten::_unique2",
-    "aten::equal", "aten::is_nonzero", "aten::linalg_inv_ex", "aten::linalg_solve_ex",
+    "aten::equal", "aten::is_nonzero", "aten::_linalg_check_errors",
 }  # fmt: skip
 """Operators whose result, or the size of it, the host must have before it goes on."""
 
@@ -85,6 +85,8 @@ def store(kind: str) -> tuple[Store, Actions]:
         ("discrete", {"bcq": {}}),
         ("discrete", {"behaviourCloning": {}}),
         ("discrete", {"logisticBandit": {}}),
+        ("discrete", {"linUcb": {}}),
+        ("discrete", {"linearThompson": {}}),
         ("parametric", {"dqn": {}}),
         ("parametric", {"c51": {"lowestReturn": -5.0, "highestReturn": 5.0}}),
         ("parametric", {"cql": {}}),
