@@ -138,8 +138,9 @@ class Cluster:
             environment["BLUEWHALE_NAMESPACE"] = self.namespace
         else:
             kubernetes.use_field_path_as_env(task, "BLUEWHALE_NAMESPACE", "metadata.namespace")
-        for variable, value in environment.items():
-            task.set_env_variable(variable, value)
+        # Not by `set_env_variable`, which looks for who calls it in all modules: 50 ms for each variable.
+        assert task.container_spec is not None
+        task.container_spec.env = environment
         kubernetes.use_field_path_as_env(task, "POD_NAME", "metadata.name")
         kubernetes.use_field_path_as_env(task, "POD_UID", "metadata.uid")
         kubernetes.use_field_path_as_env(task, "POD_IP", "status.podIP")
