@@ -35,7 +35,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "timeline": (
         *(f"data.{name}" for name in Data.model_fields if name not in ("features", "holdout_fraction")),
         *(f"data.features.{name}" for name in ("repository", "service", "keys")),
-        "reward",
+        # Not the metrics' weights: what is rewarded is often tried anew on the same transitions.
+        "reward.discount",
+        "reward.discount_interval",
     ),
     "features": ("data.features",),
     "normalization": ("normalization",),

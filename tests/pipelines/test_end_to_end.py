@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -22,13 +23,21 @@ from contracts.job import ESTIMATORS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "manifests" / "examples"
+# Logs are small here: to compile Spark's code well would take longer than it saves.
+JVM = {"SPARK_SUBMIT_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
 ENGINES = ("java", "tritonserver", "triton_python_backend_stub", "prometheus", "torchrun", "components.training.worker")
 
 
-def bluewhale(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def begin(*arguments: str | Path, cwd: Path, **how: Any) -> subprocess.Popen[Any]:
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"}
+    return subprocess.Popen(command, cwd=cwd, env=environment | JVM | {"PYTHONPATH": str(ROOT)}, **how)
+
+
+def bluewhale(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    with begin(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        out, errors = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def result(cwd: Path, name: str) -> dict:
@@ -151,20 +160,22 @@ def test_the_same_seed_gives_the_same_weights_and_finished_stages_are_not_redone
     assert record["weights_digest"] == promoted["training"]["weights_digest"]
 
 
-def test_a_harmful_policy_is_stopped_by_the_gate_and_without_it_rolled_back(workplace):
-    harmful = EXAMPLES / "cartpole-harmful.yaml"
-    stopped = bluewhale("run", harmful, cwd=workplace)
+def test_a_job_that_now_rewards_harm_is_stopped_by_the_gate_and_without_it_rolled_back(promoted, workplace):
+    harmful = (EXAMPLES / "cartpole-harmful.yaml").read_text().replace("name: cartpole-harmful", "name: cartpole")
+    path = workplace / "harmful.yaml"
+    path.write_text(harmful)
+    stopped = bluewhale("run", path, cwd=workplace)
     assert stopped.returncode == 3, stopped.stderr
     assert "Stopped by the gate" in stopped.stderr
-    assert result(workplace, "cartpole-harmful")["verdict"] == "stopped_by_gate"
-    assert "rollout" not in result(workplace, "cartpole-harmful")
+    assert stopped.stderr.count("finished before") == 4, "up to normalization, nothing hangs on what is rewarded"
+    assert result(workplace, "cartpole")["verdict"] == "stopped_by_gate"
+    assert "rollout" not in result(workplace, "cartpole")
 
-    ungated = workplace / "ungated.yaml"
     changes = ("enabled: true", "enabled: false"), ("  evaluation:\n", "  evaluation:\n    fittedQSteps: 50\n")
-    ungated.write_text(functools.reduce(lambda text, change: text.replace(*change), changes, harmful.read_text()))
-    rolled_back = bluewhale("run", ungated, cwd=workplace)
+    path.write_text(functools.reduce(lambda text, change: text.replace(*change), changes, harmful))
+    rolled_back = bluewhale("run", path, cwd=workplace)
     assert rolled_back.returncode == 4, rolled_back.stderr
-    rollout = result(workplace, "cartpole-harmful")["rollout"]
+    rollout = result(workplace, "cartpole")["rollout"]
     assert rollout["verdict"] == "rolled_back"
     assert rollout["steps"][-1]["outcome"] == "failed"
     assert rollout["failed_requests"] == 0
@@ -211,8 +222,6 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     slow = ("epochs: 2", "epochs: 3"), ("stepsPerEpoch: 50", "stepsPerEpoch: 1000")
     path.write_text(functools.reduce(lambda text, change: text.replace(*change), slow, path.read_text()))
 
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(path)]
-    environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"} | {"PYTHONPATH": str(ROOT)}
     run = workplace / "runs" / "broken"
     seen = {
         "features": lambda: "Executing task 'features'" in _read(run / "logs" / "features.log"),
@@ -220,9 +229,7 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     }
     kills = []
     for begun in seen.values():
-        killed = subprocess.Popen(
-            command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        killed = begin("run", path, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         assert wait_until(begun, 180)
         assert wait_until(lambda: engines_under(workplace), 30)
         killed.send_signal(signal.SIGKILL)
@@ -247,11 +254,8 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
 
 def test_an_interrupt_leaves_nothing_behind_and_says_how_to_carry_on(workplace):
     path = small_job(workplace, "interrupted")
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(path)]
-    environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"} | {"PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
-        command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = begin("run", path, cwd=workplace, start_new_session=True, **pipes)
     assert wait_until(lambda: engines_under(workplace), 60)
     os.killpg(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=30)
