@@ -21,6 +21,7 @@ from components.timeline.build import (
     check_names,
     compact,
     in_sample,
+    look_at,
     make_plan,
     number_steps,
 )
@@ -67,7 +68,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
 def placed(log: Any, job: JobSpec) -> tuple[Any, Plan]:
     """The log's rows in their places, and the plan that put them there."""
     used = in_sample(with_reason(log, job), job)
-    plan = make_plan(used, job, all_names(used))
+    plan = make_plan(used, job, look_at(used) or all_names(used))
     return number_steps(compact(used, plan), plan), plan
 
 
@@ -97,35 +98,43 @@ def followed(spark, tmp_path):
     return follow
 
 
-@pytest.mark.parametrize(
-    ("reason", "changes"),
-    [
-        ("missing_mdp_id", {"mdp_id": ""}),
-        ("missing_mdp_id", {"mdp_id": None}),
-        ("missing_event_time", {"event_time": None}),
-        ("missing_action", {"action": None}),
-        ("missing_action", {"action": ""}),
-        ("unknown_action", {"action": "jump"}),
-        ("action_not_possible", {"possible_actions": ["right"]}),
-        ("action_not_possible", {"possible_actions": [None]}),
-        ("probability_out_of_range", {"action_probability": 0.0}),
-        ("probability_out_of_range", {"action_probability": 1.5}),
-        ("probability_out_of_range", {"action_probability": -0.1}),
-        ("probability_out_of_range", {"action_probability": NAN}),
-        ("non_finite_feature", {"state_features": {"x": NAN}}),
-        ("non_finite_feature", {"state_features": {"x": 1.0, "y": -INFINITY}}),
-        ("non_finite_metric", {"metrics": {"reward": INFINITY}}),
-        (None, {"action_probability": None}),
-        (None, {"possible_actions": None}),
-        (None, {"state_features": None}),
-        (None, {"metrics": None}),
-        (None, {"action_probability": 1.0}),
-    ],
-)
-def test_a_row_that_cannot_be_used_has_its_reason(checked, reason, changes):
-    rows = checked(decision(step=0), decision(step=1) | changes).collect()
-    assert [row[REASON] for row in rows if row["sequence_number"] == 1] == [reason]
-    assert [row[REASON] for row in rows if row["sequence_number"] == 0] == [None]
+ROWS: list[tuple[str | None, dict[str, Any]]] = [
+    ("missing_mdp_id", {"mdp_id": ""}),
+    ("missing_mdp_id", {"mdp_id": None}),
+    ("missing_event_time", {"event_time": None}),
+    ("missing_action", {"action": None}),
+    ("missing_action", {"action": ""}),
+    ("unknown_action", {"action": "jump"}),
+    ("action_not_possible", {"possible_actions": ["right"]}),
+    ("action_not_possible", {"possible_actions": [None]}),
+    ("probability_out_of_range", {"action_probability": 0.0}),
+    ("probability_out_of_range", {"action_probability": 1.5}),
+    ("probability_out_of_range", {"action_probability": -0.1}),
+    ("probability_out_of_range", {"action_probability": NAN}),
+    ("non_finite_feature", {"state_features": {"x": NAN}}),
+    ("non_finite_feature", {"state_features": {"x": 1.0, "y": -INFINITY}}),
+    ("non_finite_metric", {"metrics": {"reward": INFINITY}}),
+    (None, {"action_probability": None}),
+    (None, {"possible_actions": None}),
+    (None, {"state_features": None}),
+    (None, {"metrics": None}),
+    (None, {"action_probability": 1.0}),
+]
+
+
+@pytest.fixture(scope="module")
+def reasons(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str | None]:
+    """By the sequence number: of row i that is 2 i + 1, and of a good one before it in its MDP 2 i."""
+    good = [decision(f"mdp {i}", step=2 * i) for i in range(len(ROWS))]
+    rows = [*good, *(decision(f"mdp {i}", step=2 * i + 1) | changes for i, (_, changes) in enumerate(ROWS))]
+    log = read_log(spark, write_parquet(tmp_path_factory.mktemp("reasons") / "log.parquet", rows))
+    return {row["sequence_number"]: row[REASON] for row in placed(log, spec())[0].collect()}
+
+
+@pytest.mark.parametrize("place", range(len(ROWS)), ids=lambda place: str(ROWS[place]))
+def test_a_row_that_cannot_be_used_has_its_reason(reasons, place):
+    assert reasons[2 * place + 1] == ROWS[place][0]
+    assert reasons[2 * place] is None
 
 
 def test_a_row_without_a_place_in_its_mdp_has_its_reason(checked):

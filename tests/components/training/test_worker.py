@@ -306,7 +306,10 @@ def test_each_algorithm_learns_on_two_workers_what_it_learns_on_one(
     stages: Path, tmp_path: Path, algorithm: dict[str, Any]
 ) -> None:
     made = SPEC.model_copy(update={"algorithm": Algorithm.model_validate(algorithm)})
-    one, two = (trained(stages, tmp_path / str(n), workers=n, spec=made, epochs=1) for n in (1, 2))
+    # Side by side: most of what they take is to begin.
+    processes = [process for n in (1, 2) for process in started(stages, tmp_path / str(n), n, spec=made, epochs=1)]
+    assert [process.wait(240) for process in processes] == [0] * 3
+    one, two = (load_file(tmp_path / str(n) / "policy" / "weights.safetensors") for n in (1, 2))
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, rtol=1e-4, atol=1e-5)
     figures = json.loads((tmp_path / "1" / "losses.jsonl").read_text().splitlines()[-1])
