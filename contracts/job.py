@@ -831,10 +831,6 @@ class JobSpec(Model):
             raise ValueError(f"actionBounds are those of continuous actions: actionSpace is {self.action_space}")
         if (self.action_space == "slate") != (self.slate is not None):
             raise ValueError("slate and actionSpace slate go together: set slate.size, the items that a slate shows")
-        if self.slate and self.slate.choice in self.reward.metric_weights:
-            raise ValueError(
-                f"reward.metricWeights.{self.slate.choice}: slate.choice is a place in the slate, and earns nothing"
-            )
         if self.action_space != "discrete" and self.deploy.service:
             raise ValueError(f"deploy.service: a policy over {self.action_space} actions is exported, not rolled out")
         if len(set(self.actions)) != len(self.actions):
@@ -919,7 +915,12 @@ class RLTrainingJob(Model):
                 f"spec.algorithm.{algorithm} cannot learn from {space} actions: set one of {', '.join(fit)}, "
                 "or another actionSpace"
             )
-        gate = self.spec.evaluation.gate
+        slate, gate = self.spec.slate, self.spec.evaluation.gate
+        # Not asked of a part of a job, which is given to a stage without what it rewards.
+        if slate and slate.choice in self.spec.reward.metric_weights:
+            raise ValueError(
+                f"spec.reward.metricWeights.{slate.choice}: slate.choice is a place in the slate, and earns nothing"
+            )
         if space == "continuous" and (gate.enabled or self.spec.sweep) and "direct_method" not in gate.estimator:
             raise ValueError(
                 "spec.evaluation.gate.estimator: a policy over continuous actions has no propensities: set "

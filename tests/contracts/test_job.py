@@ -238,10 +238,11 @@ def test_an_algorithm_that_cannot_learn_from_the_actions_is_refused(
     ],
 )
 def test_a_slate_has_a_size_and_a_metric_that_tells_what_was_chosen(changes: dict[str, Any], said: str) -> None:
-    spec = {"actionSpace": "slate", "slate": {"size": 2}, "algorithm": {"slateQ": {}}}
-    assert JobSpec.model_validate(spec).slate is not None
+    job = {"apiVersion": "bluewhale.io/v1alpha1", "kind": "RLTrainingJob", "metadata": {"name": "shelf"}}
+    spec = {"actionSpace": "slate", "slate": {"size": 2}, "algorithm": {"slateQ": {}}, "data": {"decisionLog": "log"}}
+    assert RLTrainingJob.model_validate(job | {"spec": spec}).spec.slate is not None
     with pytest.raises(ValidationError, match=re.escape(said)):
-        JobSpec.model_validate(spec | changes)
+        RLTrainingJob.model_validate(job | {"spec": spec | changes})
 
 
 @pytest.mark.parametrize(

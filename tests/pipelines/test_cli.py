@@ -147,6 +147,14 @@ def test_a_stage_is_given_only_what_it_reads(run):
         ("parametric", {"algorithm": {"cql": {}}}),
         ("continuous", {"algorithm": {"iql": {}}}),
         ("slate", {"algorithm": {"slateQ": {}}, "slate": {"size": 2}}),
+        (
+            "slate",
+            {
+                "algorithm": {"slateQ": {}},
+                "slate": {"size": 2, "choice": "reward"},
+                "reward": {"metricWeights": {"watched": 1.0}},
+            },
+        ),
     ],
 )
 def test_what_a_stage_is_given_is_a_job_of_its_own(space, more):
