@@ -40,6 +40,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         # A column of continuous numbers is no dictionary, and Parquet should see that soon: it tries one for each of
         # hundreds of columns, by default up to a mebibyte.
         "spark.hadoop.parquet.dictionary.page.size": str(64 * 1024),
+        # A window's rows of one giant MDP go to disk, as a sort's do: in memory, they leave none for the sort after it.
+        "spark.sql.windowExec.buffer.spill.size.threshold": "64m",
         # What is cached is joined into as few partitions as other results are.
         "spark.sql.optimizer.canChangeCachedPlanOutputPartitioning": "true",
     }
