@@ -40,7 +40,7 @@ from components.training.checkpoint import save_checkpoint
 from components.training.figures import Figures
 from components.training.store import Store
 from components.training.trainer import Trainer
-from components.training.worker import PROBE, check_converges, learn
+from components.training.worker import PROBE, check_converges, keep_memory, learn
 from contracts.job import DQN, Algorithm
 
 ROWS, HIDDEN, SECONDS, EPOCH = 100_000, 256, 0.5, 1_000
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="*", default=[], help="d3rlpy, tianshou, torchrl")
     parser.add_argument("--python", default="python", help="of the environment that has them")
     arguments = parser.parse_args()
+    keep_memory()
     fastest = peak()
     print(f"{torch.get_num_threads()} threads, {fastest / 1e9:.0f} GFLOP/s")
     for features, batch in itertools.product(arguments.features, arguments.batch):
