@@ -19,7 +19,7 @@ def timeline(
     """Order each MDP's decisions, find what follows each, and quarantine the rows that cannot be used.
 
     Args:
-        job: JSON of the job's sections actions, data and reward.
+        job: JSON of the job's actions, its section data, and how rewards are discounted.
         decision_log: Path of the decision log.
         outcomes: Path of outcomes reported later; empty when there are none.
         version: Digest of code and input; a finished stage is redone when it changes.

@@ -35,8 +35,11 @@ def begin(*arguments: str | Path, cwd: Path, **how: Any) -> subprocess.Popen[Any
 
 
 def bluewhale(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    with begin(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    process = begin(*arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
         out, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 

@@ -128,7 +128,9 @@ def reasons(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, s
     good = [decision(f"mdp {i}", step=2 * i) for i in range(len(ROWS))]
     rows = [*good, *(decision(f"mdp {i}", step=2 * i + 1) | changes for i, (_, changes) in enumerate(ROWS))]
     log = read_log(spark, write_parquet(tmp_path_factory.mktemp("reasons") / "log.parquet", rows))
-    return {row["sequence_number"]: row[REASON] for row in placed(log, spec())[0].collect()}
+    found = placed(log, spec())[0].collect()
+    assert len(found) == len(rows)
+    return {row["sequence_number"]: row[REASON] for row in found}
 
 
 @pytest.mark.parametrize("place", range(len(ROWS)), ids=lambda place: str(ROWS[place]))
