@@ -72,7 +72,7 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
 
 def _estimates(evaluation: dict[str, Any], metric: str) -> str:
     """The gate's metric over epochs, one panel per estimator, relative to the logged policy where that is defined."""
-    figure, axes = plt.subplots(1, len(ESTIMATORS), figsize=(14.5, 2.9), sharex=True)
+    figure, axes = plt.subplots(1, len(ESTIMATORS), figsize=(14.5, 2.9), sharex=True, layout="constrained")
     for axis, estimator, colour in zip(axes, ESTIMATORS, COLOURS, strict=True):
         _over_epochs(axis, evaluation, estimator, metric, colour)
         axis.set_title(TITLES[estimator], fontsize=9)
@@ -83,7 +83,8 @@ def _estimates(evaluation: dict[str, Any], metric: str) -> str:
 
 def _all_metrics(evaluation: dict[str, Any], metrics: list[str]) -> str:
     """Every metric over epochs by the sequential and by the step-wise doubly robust estimator."""
-    figure, axes = plt.subplots(2, len(metrics), figsize=(3.25 * len(metrics), 5), sharex=True, squeeze=False)
+    size = (3.25 * len(metrics), 5)
+    figure, axes = plt.subplots(2, len(metrics), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for row, estimator in enumerate(("stepwise_doubly_robust", "weighted_sequential_doubly_robust")):
         for axis, metric in zip(axes[row], metrics, strict=True):
             _over_epochs(axis, evaluation, estimator, metric, COLOURS[2 + 2 * row])
@@ -114,6 +115,7 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, 0.9), max(high, 1.1))
     axis.ticklabel_format(axis="y", useOffset=False)
+    axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
