@@ -19,7 +19,7 @@ h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } td small { color: #666; display: block }
-.judged { background: #eef4fb } svg { width: 100%; height: auto } .scroll { overflow-x: auto }
+.judged { background: #eef4fb } svg { max-width: 100%; height: auto } .scroll { overflow-x: auto }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% block body %}{% endblock %}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from components.page import svg, template
 from contracts.job import JobSpec
@@ -75,6 +76,9 @@ def _figure(spec: JobSpec, judged: list[dict[str, Any]]) -> str:
             axis.set_xlim(-0.5, len(values) - 0.5)
         elif parameter.log:
             axis.set_xscale("log")
+            # All that was searched, so that some power of ten is among it; what lies between has no room for its name.
+            axis.plot([parameter.low, parameter.high], [judged[0]["value"]] * 2, alpha=0)
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
