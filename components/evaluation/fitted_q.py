@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from components.evaluation.acted import PAIRS, Plan
 from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import NormalizationSpec
-from components.training.algorithms.learner import taken
+from components.training.algorithms.learner import BootstrappingLearner, taken
 from components.training.network import QNetwork
 from components.transitions import Transitions
 
@@ -42,9 +41,7 @@ class FittedQ:
         torch.manual_seed(seed)
         self.normalization = NormalizationGraph(normalization)
         self.network = self._network(self.normalization.outputs, data)
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self._slow: list[Tensor] = list(self.target.parameters())
-        self._fast: list[Tensor] = list(self.network.parameters())
+        self.learner = BootstrappingLearner(self.network, TARGET_UPDATE_RATE)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=True)
         self.generator = torch.Generator().manual_seed(seed)
         ahead = discount[~(data.terminal | data.truncated)]
@@ -85,7 +82,7 @@ class FittedQ:
     def _expected(self, rows: Tensor, policy: Any) -> Tensor:
         """What follows is worth at the rows [B] under the policy, [B, M]."""
         probabilities = torch.from_numpy(policy[rows.numpy()]).float()
-        values = self.target(self.state.index_select(0, rows))
+        values = self.learner.target(self.state.index_select(0, rows))
         return torch.bmm(probabilities.unsqueeze(1), values).squeeze(1)
 
     def _logged(self, rows: Tensor) -> Tensor:
@@ -109,8 +106,7 @@ class FittedQ:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(self._slow, self._fast, TARGET_UPDATE_RATE)
+            self.learner.follow()
 
     def predict(self, state: np.ndarray) -> np.ndarray:
         """Action values per metric, float64 [N, A, M]."""
@@ -136,7 +132,7 @@ class FittedPairs(FittedQ):
         return self.features
 
     def _expected(self, rows: Tensor, policy: Plan) -> Tensor:
-        return _over_plan(self.target, self.state.index_select(0, rows), policy, rows)
+        return _over_plan(self.learner.target, self.state.index_select(0, rows), policy, rows)
 
     def _logged(self, rows: Tensor) -> Tensor:
         pairs = [values.index_select(0, rows) for values in (self.state, self.action)]

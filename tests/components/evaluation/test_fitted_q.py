@@ -175,7 +175,7 @@ def test_the_reach_is_where_a_first_guess_has_faded() -> None:
 def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: Log) -> None:
     data = transitions(log)
     fitted = FittedQ(replace(data, terminal=np.zeros(len(data), bool)), SPEC, per_row(MODEL.discount, data), seed=0)
-    for values in fitted.target.parameters():
+    for values in fitted.learner.target.parameters():
         values.fill_(50.0)
     fitted.fit(MODEL.target[log.state], 1)
     highest = data.metrics.max(0) / (1 - MODEL.discount)
@@ -183,7 +183,7 @@ def test_no_value_is_followed_beyond_what_the_logged_metrics_could_sum_to(log: L
     assert fitted.lowest[1] == 0
     # Adam's first steps are as long as its rate however far off a target lies: only the loss shows what was followed.
     for _ in range(300):
-        for values in fitted.target.parameters():
+        for values in fitted.learner.target.parameters():
             values.fill_(50.0)
         fitted.fit(MODEL.target[log.state], 1)
     assert (fitted.predict(data.state).max((0, 1)) < 1.5 * (data.metrics.max(0) + MODEL.discount * highest)).all()
