@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import jinja2
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from components.normalization.spec import NormalizationSpec
+from components.page import svg
 from components.understanding.page import figure, read_understanding
 from contracts.job import ESTIMATORS, REWARD, RLTrainingJob
 
@@ -72,7 +68,8 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
 
 def _estimates(evaluation: dict[str, Any], metric: str) -> str:
     """The gate's metric over epochs, one panel per estimator, relative to the logged policy where that is defined."""
-    figure, axes = plt.subplots(1, len(ESTIMATORS), figsize=(14.5, 2.9), sharex=True, layout="constrained")
+    figure = Figure(figsize=(14.5, 2.9), layout="constrained")
+    axes = figure.subplots(1, len(ESTIMATORS), sharex=True)
     for axis, estimator, colour in zip(axes, ESTIMATORS, COLOURS, strict=True):
         _over_epochs(axis, evaluation, estimator, metric, colour)
         axis.set_title(TITLES[estimator], fontsize=9)
@@ -83,8 +80,8 @@ def _estimates(evaluation: dict[str, Any], metric: str) -> str:
 
 def _all_metrics(evaluation: dict[str, Any], metrics: list[str]) -> str:
     """Every metric over epochs by the sequential and by the step-wise doubly robust estimator."""
-    size = (3.25 * len(metrics), 5)
-    figure, axes = plt.subplots(2, len(metrics), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.25 * len(metrics), 5), layout="constrained")
+    axes = figure.subplots(2, len(metrics), sharex=True, squeeze=False)
     for row, estimator in enumerate(("stepwise_doubly_robust", "weighted_sequential_doubly_robust")):
         for axis, metric in zip(axes[row], metrics, strict=True):
             _over_epochs(axis, evaluation, estimator, metric, COLOURS[2 + 2 * row])
@@ -120,7 +117,8 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
 
 
 def _losses(losses: list[dict[str, float]]) -> str:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 2.7))
+    figure = Figure(figsize=(13, 2.7), layout="constrained")
+    axes = figure.subplots(1, 3)
     titles = {"td_loss": "Temporal-difference loss", "mc_loss": "Monte-Carlo loss", "q_mean": "Mean Q-value"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.plot([p["step"] for p in losses], [p.get(name, math.nan) for p in losses], color=COLOURS[0], linewidth=1.2)
@@ -131,9 +129,8 @@ def _losses(losses: list[dict[str, float]]) -> str:
 
 def _rollout(rollout: dict[str, Any]) -> str:
     """The candidate's weight over time, and each check's verdict at every look below it."""
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(13, 3.6), sharex=True, height_ratios=[2, 1], gridspec_kw={"hspace": 0.1}
-    )
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     times, weights = [0.0], [0.0]
     looks = []
     for step in rollout["steps"]:
@@ -158,19 +155,15 @@ def _rollout(rollout: dict[str, Any]) -> str:
     bottom.set_yticks([-i for i in range(len(names))], names, fontsize=8)
     bottom.set_ylim(-len(names) + 0.5, 0.5)
     bottom.set_xlabel("seconds", fontsize=8)
-    bottom.legend(fontsize=7, ncols=4, loc="upper right", bbox_to_anchor=(1, -0.35), frameon=False)
+    figure.legend(fontsize=7, ncols=4, loc="outside lower right", frameon=False)
     return _svg(figure)
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return svg(figure)
 
 
 def _template() -> jinja2.Template:
