@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.training.algorithms.actor_critic import Actor, ActorCriticNetwork
 from components.training.bundle import Bundle
-from components.training.network import Head, NormalizedPairs
+from components.training.network import Head, NormalizedPairs, among
 from components.training.store import normalized
 from components.transitions import Lists, Transitions
 
@@ -44,8 +44,9 @@ class Plan:
 def propensities(bundle: Bundle, data: Transitions) -> np.ndarray:
     """The served policy's probability of each discrete action, float64 [N, A]: 0 of those not possible."""
     with torch.no_grad():
-        scores = bundle.network(torch.from_numpy(data.state)).double()
-        return np.asarray(Head(bundle.head)(scores, torch.from_numpy(data.possible)).numpy())
+        possible = torch.from_numpy(data.possible)
+        scores = among(bundle.network, torch.from_numpy(data.state), possible).double()
+        return np.asarray(Head(bundle.head)(scores, possible).numpy())
 
 
 def logged_features(bundle: Bundle, data: Transitions) -> Tensor:

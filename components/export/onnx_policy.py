@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.export.repository import signature
 from components.training.algorithms.slate import SlateHead, SlateNetwork, gains
-from components.training.network import IMPOSSIBLE, Head, NormalizedPairs
+from components.training.network import IMPOSSIBLE, Head, NormalizedPairs, among
 from contracts.job import PolicyHead
 from contracts.stage import StageError
 
@@ -45,7 +45,7 @@ class ServedPolicy(nn.Module):
         Returns q_values float32 [B, A], greedy_action int64 [B, 1], propensities float32 [B, A], sampled_action
         int64 [B, 1].
         """
-        return self.choose(self.network(state), uniform, possible)
+        return self.choose(among(self.network, state, possible), uniform, possible)
 
     def choose(self, q_values: Tensor, uniform: Tensor, possible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         allowed = torch.where(possible, q_values, IMPOSSIBLE)

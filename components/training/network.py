@@ -162,11 +162,10 @@ class QuantileNetwork(nn.Module):
 
 
 class ConstrainedNetwork(nn.Module):
-    """Q-values of the actions that the log would take; others score `NEVER` and less, the less likely the lower.
+    """Q-values of the actions that the log would take; others score `NEVER`.
 
-    So where none of the former is possible, the likeliest of the others is left. The log would take those whose
-    probability, by a model of its policy, is at least `threshold` times that of the likeliest (Fujimoto et al. 2019,
-    arXiv 1910.01708, equation 19).
+    The log would take those whose probability, by a model of its policy, is at least `threshold` times that of the
+    likeliest (Fujimoto et al. 2019, arXiv 1910.01708, equation 19) of those that are possible.
     """
 
     def __init__(self, values: QNetwork, imitation: QNetwork, threshold: float) -> None:
@@ -174,16 +173,27 @@ class ConstrainedNetwork(nn.Module):
         self.values, self.imitation = values, imitation
         self.floor = math.log(threshold) if threshold else -math.inf
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.constrained(self.values(x), self.imitation(x))
+    def forward(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
+        """float32 [batch, inputs], and bool [batch, actions] where not all actions are -> float32 [batch, actions]."""
+        return self.constrained(self.values(x), self.imitation(x), possible)
 
-    def constrained(self, values: Tensor, logits: Tensor) -> Tensor:
+    def constrained(self, values: Tensor, logits: Tensor, possible: Tensor | None) -> Tensor:
+        if possible is not None:
+            logits = torch.where(possible, logits, IMPOSSIBLE)
         behind = logits - logits.amax(1, keepdim=True)
-        return torch.where(behind >= self.floor, values, NEVER * (1 - behind / 1e3))
+        return torch.where(behind >= self.floor, values, NEVER)
 
 
 NEVER = -1e26
 """Score of an action that is not to be taken: finite, of probability 0, and above `IMPOSSIBLE`."""
+
+
+def among(network: nn.Module, x: Tensor, possible: Tensor | None) -> Tensor:
+    """A network's scores of named actions: what it would take may depend on what is possible."""
+    if isinstance(network, Normalized):
+        return among(network.network, network.normalization(x), possible)
+    found: Tensor = network(x, possible) if isinstance(network, ConstrainedNetwork) else network(x)
+    return found
 
 
 class Head(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.training.network import IMPOSSIBLE, QNetwork
+from components.training.network import IMPOSSIBLE, QNetwork, among
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def score(network: nn.Module, state: Tensor, possible: Possible) -> Tensor:
     if isinstance(possible, Listed):
         pairs = torch.cat([state.index_select(0, possible.row), possible.features], 1)
         return network(pairs).squeeze(1)
-    return network(state)
+    return among(network, state, possible)
 
 
 def score_taken(network: nn.Module, state: Tensor, action: Tensor, possible: Possible) -> Tensor:

@@ -10,6 +10,7 @@ from components.training.algorithms.learner import (
     Batch,
     BootstrappingLearner,
     Learner,
+    Listed,
     best,
     logsumexp,
     negative_log_likelihood,
@@ -84,8 +85,7 @@ class CQLLearner(DQNLearner):
 class BCQLearner(DQNLearner):
     """Batch-constrained Q-learning for discrete actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
 
-    A model of the logged policy, learned with the values, says which actions may be chosen. Where none of them is
-    possible, the likeliest that is stands in.
+    A model of the logged policy, learned with the values, says which of the possible actions may be chosen.
     """
 
     network: ConstrainedNetwork
@@ -107,7 +107,9 @@ class BCQLearner(DQNLearner):
         if self.config.next_action == "logged":
             return batch.next_action
         scores = self.network.values(batch.next_state) if self.config.double else by_target
-        chosen = self.network.constrained(scores, self.network.imitation(batch.next_state))
+        assert not isinstance(batch.next_possible, Listed)
+        logits = self.network.imitation(batch.next_state)
+        chosen = self.network.constrained(scores, logits, batch.next_possible)
         return best(chosen, batch.next_possible)
 
     @property

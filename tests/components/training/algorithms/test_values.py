@@ -278,7 +278,7 @@ def test_bcqs_target_is_the_best_action_that_the_log_would_take() -> None:
     made.target.values.load_state_dict(Table(SLOW).state_dict())
     values, imitation = made(batch())[0].item(), np.log(3)
     assert values == pytest.approx(huber(1.0 + 0.5 * 20.0) + imitation)
-    # Where none that it would take is possible, the likeliest of what is left counts.
+    # What it would take is asked among what is possible.
     alone = made(batch(possible=[False, True, False]))[0].item()
     assert alone == pytest.approx(huber(1.0 + 0.5 * 30.0) + imitation)
 
@@ -290,12 +290,24 @@ def test_bcq_without_a_threshold_still_takes_only_what_is_possible() -> None:
     assert loss == pytest.approx(huber(1.0 + 0.5 * 30.0) + np.log(3))
 
 
-def test_bcq_serves_the_likeliest_action_where_none_that_it_would_take_is_possible() -> None:
-    # The third is as good as excluded, but the log takes the second far less.
-    network = ConstrainedNetwork(Table([[1.0, 9.0, 5.0]]), Table([[4.0, -3.6, 1.0]]), threshold=0.3)
-    scores = network(torch.tensor([[0.0]]))
-    found = Head(PolicyHead())(scores, torch.tensor([[False, True, True]]))
-    assert found.tolist() == [[0.0, 0.0, 1.0]]
+@pytest.mark.parametrize(
+    ("logits", "possible", "served"),
+    [
+        ([4.0, -3.6, 1.0], [True, True, True], 0),
+        # Of what is left the log takes the second far less,
+        ([4.0, -3.6, 1.0], [False, True, True], 2),
+        # or both, and then the better is.
+        ([4.0, 0.5, 1.0], [False, True, True], 1),
+        ([4.0, -3.6, 1.0], [False, True, False], 1),
+    ],
+)
+def test_bcq_serves_what_the_log_would_take_of_what_is_possible(
+    logits: list[float], possible: list[bool], served: int
+) -> None:
+    network = ConstrainedNetwork(Table([[1.0, 9.0, 5.0]]), Table([logits]), threshold=0.3)
+    mask = torch.tensor([possible])
+    found = Head(PolicyHead())(network(torch.tensor([[0.0]]), mask), mask)
+    assert found.argmax(1).item() == served
     torch.testing.assert_close(
         BCQLearner(network, BCQ()).valuing(torch.tensor([[0.0]])), torch.tensor([[1.0, 9.0, 5.0]])
     )
