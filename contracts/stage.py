@@ -41,7 +41,7 @@ class StageError(RuntimeError):
     """A stage that cannot go on, with what was wrong, where, and what to do."""
 
 
-class UnreachableError(ConnectionError):
+class TransientError(RuntimeError):
     """The same, where another attempt may well go on."""
 
 
@@ -65,7 +65,7 @@ def stage(name: str, output: str | Path) -> Iterator[tuple[Path, dict[str, Any]]
         yield output, facts
     except Exception as error:
         final = isinstance(error, (StageError, JobError, FileNotFoundError))
-        plain = final or isinstance(error, UnreachableError)
+        plain = final or isinstance(error, TransientError)
         if path := os.environ.get(ERROR_FILE_VARIABLE):
             text = str(error) if plain else traceback.format_exc(limit=-3)
             Path(path).write_text(json.dumps({"stage": name, "error": text}))

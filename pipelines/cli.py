@@ -19,7 +19,7 @@ from rich.table import Table
 
 from contracts import progress
 from contracts.job import JobError, load_job
-from contracts.stage import StageError, UnreachableError, read_record
+from contracts.stage import StageError, TransientError, read_record
 from pipelines import reaper
 from pipelines.display import Display
 from pipelines.local import Run
@@ -52,7 +52,7 @@ class _Group(click.Group):
         except JobError as error:
             console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
             context.exit(2)
-        except (StageError, ServerError, ServiceError, FileNotFoundError, UnreachableError) as error:
+        except (StageError, ServerError, ServiceError, FileNotFoundError, TransientError) as error:
             console.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
             context.exit(1)
         except KeyboardInterrupt:

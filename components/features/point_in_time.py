@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -131,6 +131,14 @@ def _apart(instants: DataFrame, views: list[feast_store.View]) -> DataFrame:
     return instants.withColumn(_TURN, F.concat_ws(" ", *turns))
 
 
+def _key(given: Column, kind: T.DataType) -> Column:
+    """A key as the view has it; a whole number may be written as 7.0, as tools do that had missing ones beside it."""
+    if not isinstance(kind, T.IntegralType):
+        return given.try_cast(kind)
+    number = given.try_cast("double")
+    return F.when(number % 1 == 0, F.coalesce(given.try_cast(kind), number.try_cast(kind)))
+
+
 def join_service(transitions: DataFrame, store: Any, service: Any, settings: Features) -> DataFrame:
     """The transitions with the service's features joined as of each decision's event time."""
     views = feast_store.views_of(store, service)
@@ -150,7 +158,7 @@ def join_service(transitions: DataFrame, store: Any, service: Any, settings: Fea
         F.col("mdp_id").alias("_mdp"),
         F.col("sequence_number").alias("_step"),
         F.col("event_time").alias("event_timestamp"),
-        *[F.col(f"`{given[key]}`").try_cast(kind).alias(key) for key, kind in keys.items()],
+        *[_key(F.col(f"`{given[key]}`"), kind).alias(key) for key, kind in keys.items()],
     )
     instants = _apart(instants, views).persist()
     try:

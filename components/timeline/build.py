@@ -49,7 +49,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         report(0, 4, "reading the log")
         log = read_log(spark, decision_log, spec.data, spec.action_space)
         if outcomes:
-            log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data.outcome_wait_seconds)
+            log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data)
         checked = whole = with_reason(log, spec)
         if outcomes:
             # What is held is computed for every row: of a good one its columns are enough, until it is set aside.
@@ -94,6 +94,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             document["warnings"].append(
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
                 f"{spec.data.last_step} takes for their end: column would take the log's word"
+            )
+        if still := facts.get("outcomes", {}).get("open"):
+            document["warnings"].append(
+                f"{still:,} decisions were made so late that data.outcomeWaitSeconds goes on beyond the last outcome: "
+                "what comes for them is missing here. Run again later, or leave their days out by data.partition"
             )
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
@@ -386,20 +391,28 @@ def set_aside(used: DataFrame, whole: DataFrame, plan: Plan, path: Path, nothing
 
 
 def count_reasons(spark: SparkSession, quarantine: Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """How many rows were set aside for each reason, and an MDP that has one."""
+    """How many rows were set aside for each reason, and what tells of one."""
     found = (
         spark.read.parquet(str(quarantine))
         .groupBy(REASON)
-        .agg(F.count("*").alias("n"), F.first("mdp_id", ignorenulls=True).alias("mdp_id"))
+        .agg(F.count("*").alias("n"), F.first(_named(), ignorenulls=True).alias("example"))
         .orderBy(REASON)
         .collect()
     )
-    return {row[REASON]: row["n"] for row in found}, {row[REASON]: row["mdp_id"] for row in found}
+    return {row[REASON]: row["n"] for row in found}, {row[REASON]: row["example"] for row in found}
+
+
+def _named() -> Column:
+    step = F.concat(F.lit(", sequence_number "), F.col("sequence_number"))
+    return F.coalesce(
+        F.concat(F.lit("mdp_id "), "mdp_id", F.coalesce(step, F.lit(""))),
+        F.substring(F.col(AS_IT_WAS).cast("string"), 1, 80),
+    )
 
 
 def _too_many(facts: dict[str, Any], examples: dict[str, Any], spec: JobSpec, path: str) -> str:
     table = "\n".join(
-        f"  {reason:28} {count:>10,}  e.g. mdp_id {examples[reason]}" for reason, count in facts["reasons"].items()
+        f"  {reason:28} {count:>10,}  e.g. {examples[reason]}" for reason, count in facts["reasons"].items()
     )
     used = facts["rows_in"] - facts["rows_left_out"]
     return (

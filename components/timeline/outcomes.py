@@ -6,28 +6,31 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from components.timeline.read import AS_IT_WAS, UNREADABLE, counted_in_millionths, read_outcomes
+from contracts.job import Data
 from contracts.stage import StageError
 
 
 def join_outcomes(
-    spark: SparkSession, log: DataFrame, path: str, wait_seconds: int | None = None
+    spark: SparkSession, log: DataFrame, path: str, data: Data | None = None
 ) -> tuple[DataFrame, dict[str, int]]:
     """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
 
     Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision,
-    or do not say when, are not used: a run over the same days gives the same result whenever it is made. Also returns
-    how many reports there were, and how many of them could not be read, match no decision, or came late.
+    or do not say when, are not used: once that time has passed for all, a run over the same days gives the same result
+    whenever it is made. Also returns how many reports there were, how many of them could not be read, match no
+    decision, or came late, and for how many decisions the wait is `open` still: it goes on beyond the last report.
+    Raises `StageError` where the last steps are to be told by a column and nobody tells of any.
     """
+    data = data or Data()
+    wait_seconds = data.outcome_wait_seconds
     outcomes = read_outcomes(spark, path, counted_in_millionths(log)).drop(AS_IT_WAS).cache()
     readable = outcomes.where(F.col(UNREADABLE).isNull()).drop(UNREADABLE)
     decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
     matched = readable.join(decided, ["mdp_id", "sequence_number"])
-    late = F.lit(False)
+    late, wait = F.lit(False), F.expr(f"interval {wait_seconds or 0} seconds")
     if wait_seconds is not None:
         # One without a time may have come at any: counted in, it would change what a run of another day gives.
-        late = F.coalesce(
-            F.col("event_time") > F.col("decided") + F.expr(f"interval {wait_seconds} seconds"), F.lit(True)
-        )
+        late = F.coalesce(F.col("event_time") > F.col("decided") + wait, F.lit(True))
     matched = matched.withColumn("late", late)
     reports, fine = outcomes.count(), readable.count()
     if wait_seconds is not None and fine and readable.where(F.col("event_time").isNotNull()).isEmpty():
@@ -37,6 +40,9 @@ def join_outcomes(
         )
     found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
     counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
+    last_report = readable.agg(F.max("event_time")).collect()[0][0]
+    still = F.col("event_time") + wait > F.lit(last_report)
+    counts["open"] = log.where(still).count() if wait_seconds is not None and last_report else 0
     per_metric = matched.where(~F.col("late")).select(
         "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
     )
@@ -61,6 +67,11 @@ def join_outcomes(
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
     joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
     if readable.where(F.col("ended").isNotNull()).isEmpty():
+        if data.last_step == "column" and joined.where(F.col("truncated").isNotNull()).isEmpty():
+            raise StageError(
+                f"data.lastStep column: neither the log nor {path} tells of last steps, by truncated or ended: "
+                "have it written, or say terminal or truncated"
+            )
         # Nobody tells of ends: the job's lastStep decides.
         return joined.select(*log.columns), counts
     return joined.select(*log.columns, F.coalesce("ended", F.lit(False)).alias("ended")), counts

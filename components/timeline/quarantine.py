@@ -12,6 +12,8 @@ REASON = "quarantine_reason"
 DUPLICATE = "duplicate_step"
 SMALLEST_PROBABILITY = 1e-30
 """A smaller one would make importance weights overflow."""
+LARGEST = 3.4028234663852886e38
+"""Of the numbers that float32 holds."""
 
 
 def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
@@ -71,7 +73,7 @@ def _described_action() -> list[tuple[str, Column]]:
     return [
         ("missing_action", F.col("action").isNull() | (F.size("action") == 0)),
         ("missing_possible_actions", F.exists("possible_actions", _empty)),
-        ("non_finite_action", not_finite("action")),
+        ("non_finite_action", not_finite("action") | F.exists("possible_actions", not_finite)),
         ("action_not_possible", F.col("possible_actions").isNotNull() & ~F.coalesce(among, F.lit(False))),
     ]
 
@@ -108,8 +110,8 @@ def _empty(item: Column) -> Column:
 
 
 def not_finite(features: str | Column) -> Column:
-    """Whether a map holds NaN or an infinite number."""
+    """Whether a map holds NaN, or what is infinite as the float32 that training reads."""
     # NaN is greater than infinity in Spark; the extremes are found in compiled code, a lambda is interpreted.
     values = F.map_values(features)
     high, low = F.array_max(values), F.array_min(values)
-    return F.coalesce((high >= float("inf")) | (low == -float("inf")), F.lit(False))
+    return F.coalesce((high > LARGEST) | (low < -LARGEST), F.lit(False))

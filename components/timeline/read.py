@@ -6,6 +6,8 @@ types, a note in `_unreadable`; both are for the quarantine.
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,8 +20,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, schema, spark_ddl
-from contracts.job import REWARD, Data, split_paths
-from contracts.stage import StageError, UnreachableError
+from contracts.job import REWARD, Data, Partition, split_paths
+from contracts.stage import StageError, TransientError
 from contracts.transitions import ACTION_PREFIX, NEXT_STATE_PREFIX, STATE_PREFIX
 
 AS_IT_WAS = "_as_it_was"
@@ -68,7 +70,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
         name = data.partition.column
         if name not in (there := _there(raw, [name])):
             raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
-        raw = raw.where(F.col(name).cast("string").between(data.partition.first, data.partition.last))
+        raw = raw.where(_within(data.partition))
     names = _names(data)
     given = [names[ours] for ours in names if ours in REQUIRED or getattr(data.columns, ours)]
     there = _there(raw, [*given, *data.state_columns, *data.features.keys])
@@ -102,6 +104,17 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     if data.state_columns:
         known.pop("state_features", None)
     return _conform(raw, known, wanted, data, in_millionths=_has_fractions(raw, known["sequence_number"]))
+
+
+def _within(partition: Partition) -> Column:
+    """Whether a row is of the partitions that are to be read; one that does not tell its own is read, and rejected."""
+    value, last = F.col(f"`{partition.column}`").cast("string"), partition.last
+    within = value.isNull() | value.between(partition.first, last)
+    if last[-1:].isdigit():
+        # All hours of the last day.
+        for separator in " T-":
+            within |= value.startswith(last + separator)
+    return within
 
 
 def counted_in_millionths(log: DataFrame) -> bool:
@@ -174,7 +187,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
         for name in paths:
             if not spark.catalog.tableExists(name):
                 raise StageError(f"{field} {name}: no such table in Spark's catalog")
-        return _union([spark.table(name) for name in paths])
+        return _union([spark.table(name) for name in paths], f"{field} {text}")
     try:
         absent = next((path for path in paths if not _statuses(spark, path)), "")
         told = {path: found for path in paths if form == "auto" and (found := _form(spark, path))}
@@ -182,7 +195,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
         said = _said(error)
         if any(words in said for words in NO_CONNECTOR):
             raise StageError(f"{field} {text}: Spark has no connector for it among its jars: {said}") from None
-        raise UnreachableError(f"{field} {text}: it cannot be reached: {said}") from None
+        raise TransientError(f"{field} {text}: it cannot be reached: {said}") from None
     if absent:
         raise StageError(f"{field} {absent}: no such file or directory")
     if form == "auto":
@@ -191,7 +204,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
             raise StageError(_several(field, text, other, told[other], form))
     try:
         # Each by itself: partitions of several roots have nothing in common for Spark to find.
-        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths])
+        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths], f"{field} {text}")
         if data.format == "auto":
             for file in whole.inputFiles():
                 if (found := _form_of(unquote(file))) not in (form, ""):
@@ -268,14 +281,30 @@ def _load_csv(spark: SparkSession, path: str, options: dict[str, str]) -> DataFr
         for names, files in by_header.items()
         if names
     ]
-    return _union(frames or [whole])
+    return _union(frames or [whole], path)
 
 
-def _union(frames: list[DataFrame]) -> DataFrame:
+def _union(frames: list[DataFrame], field: str) -> DataFrame:
+    """The rows of all; raises `StageError` for a column of numbers here and of texts there: Spark would convert it."""
     whole = frames[0]
     for frame in frames[1:]:
+        types = {field.name: field.dataType.simpleString() for field in whole.schema}
+        for name, found in ((field.name, field.dataType.simpleString()) for field in frame.schema):
+            if name in types and _kind(found) != _kind(types[name]):
+                raise StageError(
+                    f"{field}: column {name} is {types[name]} in some files and {found} in others: write them "
+                    "anew with one type"
+                )
         whole = whole.unionByName(frame, allowMissingColumns=True)
     return whole
+
+
+def _kind(of: str) -> str:
+    """A type without the size of its numbers; what structs hold, and whether a text is a time, is told apart later."""
+    if of.startswith(("struct", "array<struct")):
+        return "struct"
+    alike = {r"tinyint|smallint|int|bigint": "integer", r"float|double": "fraction", r"date|timestamp\w*": "string"}
+    return functools.reduce(lambda text, one: re.sub(rf"\b({one[0]})\b", one[1], text), alike.items(), of)
 
 
 def _root(spark: SparkSession, path: str) -> str:
@@ -362,6 +391,8 @@ def _conform(
     whole = F.to_json(F.struct(*[F.col(f"`{name}`") for name in raw.columns if name != _TORN]))
     as_it_was = F.col(_TEXT) if _TEXT in raw.columns else F.coalesce(torn, whole)
     unreadable.insert(0, F.when(torn.isNotNull(), F.lit(LINE)))
+    if data.partition:
+        unreadable.append(F.when(F.col(f"`{data.partition.column}`").isNull(), F.lit(data.partition.column)))
     metadata = {"sequence_number": {"in_millionths": True}} if in_millionths else {}
     brought = dict.fromkeys([*data.features.keys, *(["ds"] if "ds" in raw.columns else [])])
     return raw.select(
@@ -393,7 +424,7 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
         seconds = raw.try_cast("double")
         value = F.when(seconds.between(0, LAST_MICROSECOND / MICROSECONDS), seconds.cast("timestamp"))
         if isinstance(given, T.StringType):
-            value = F.when(seconds.isNull(), raw.try_cast("timestamp")).otherwise(value)
+            value = F.when(seconds.isNull(), _time(raw)).otherwise(value)
             # A day, more likely than a second of 1970.
             value = F.when(~raw.rlike(r"^\d{8}$"), value)
     else:
@@ -407,12 +438,17 @@ def _ordinal(raw: Column, given: T.DataType) -> Column:
         return F.unix_micros(raw.cast("timestamp"))
     if isinstance(given, T.StringType):
         number = F.coalesce(raw.try_cast("bigint"), _whole(raw.try_cast("double")))
-        return F.coalesce(number, F.unix_micros(raw.try_cast("timestamp")))
+        return F.coalesce(number, F.unix_micros(_time(raw)))
     if isinstance(given, T.DecimalType):
         return F.when(raw == F.floor(raw), raw.try_cast("bigint"))
     if isinstance(given, (T.DoubleType, T.FloatType)):
         return _whole(raw.cast("double"))
     return raw.try_cast("bigint")
+
+
+def _time(text: Column) -> Column:
+    # A time without a date is one of today to Spark.
+    return F.when(~text.rlike(r"^\s*T?\d{1,2}:"), text.try_cast("timestamp"))
 
 
 def _whole(number: Column) -> Column:

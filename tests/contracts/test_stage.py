@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from contracts.job import JobError
-from contracts.stage import RECORD, StageError, UnreachableError, alone, compact, digest_files, read_record, stage, tell
+from contracts.stage import RECORD, StageError, TransientError, alone, compact, digest_files, read_record, stage, tell
 
 
 def test_the_record_is_written_last_and_holds_the_facts(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ class TestTheTerminationMessage:
             (JobError("spec.data: no"), "spec.data: no", False),
             (FileNotFoundError("no log"), "no log", False),
             (ConnectionError("reset"), "ConnectionError: reset", True),
-            (UnreachableError("no store"), "no store", True),
+            (TransientError("no store"), "no store", True),
         ],
     )
     def test_of_a_stage_that_failed_says_whether_to_try_again(

@@ -29,7 +29,7 @@ from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import read_log
 from contracts.decision_log import SCHEMA
-from contracts.job import JobSpec
+from contracts.job import Data, JobSpec
 from contracts.stage import StageError
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -114,6 +114,7 @@ ROWS: list[tuple[str | None, dict[str, Any]]] = [
     ("non_finite_feature", {"state_features": {"x": NAN}}),
     ("non_finite_feature", {"state_features": {"x": 1.0, "y": -INFINITY}}),
     ("non_finite_metric", {"metrics": {"reward": INFINITY}}),
+    ("non_finite_metric", {"metrics": {"reward": 1e39}}),  # more than float32 holds
     (None, {"action_probability": None}),
     (None, {"possible_actions": None}),
     (None, {"state_features": None}),
@@ -330,7 +331,7 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
             late = {"mdp_id": "a", "sequence_number": 2, "metrics": {"clicks": clicks}}
             stream.write(json.dumps(late | {"event_time": (NOON + timedelta(seconds=second)).isoformat()}) + "\n")
     frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
-    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1, "late": 0}
+    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1, "late": 0, "open": 0}
     joined = frame.orderBy("sequence_number").collect()
     assert [row["metrics"] for row in joined] == [
         {"reward": 5.0, "clicks": 2.0},
@@ -349,12 +350,12 @@ def test_a_report_that_does_not_say_when_is_late_where_the_job_waits(spark, tmp_
         for step, time in times.items():
             report = {"mdp_id": "a", "sequence_number": step, "metrics": {"sale": 1.0}}
             stream.write(json.dumps(report | {"event_time": time and time.isoformat()}) + "\n")
-    joined, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait_seconds=60)
+    joined, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), Data(outcomeWaitSeconds=60))
     assert counts["late"] == 2
     assert ["sale" in row["metrics"] for row in joined.orderBy("sequence_number").collect()] == [False, True, False]
     (tmp_path / "timeless.jsonl").write_text('{"mdp_id": "a", "sequence_number": 0, "metrics": {"sale": 1.0}}\n')
     with pytest.raises(StageError, match=r"data\.outcomeWaitSeconds: no outcome of .* says when it came"):
-        join_outcomes(spark, log, str(tmp_path / "timeless.jsonl"), wait_seconds=60)
+        join_outcomes(spark, log, str(tmp_path / "timeless.jsonl"), Data(outcomeWaitSeconds=60))
 
 
 class TestWhatTheJobLeavesOut:
@@ -490,10 +491,23 @@ def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path)
         for value, seconds in reports
     ]  # fmt: skip
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for wait, expected, late in ((60, 50.0, 1), (3600, 70.0, 0), (None, 70.0, 0)):
-        frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), wait)
+    for wait, expected, late, still in ((60, 50.0, 1, 0), (3600, 70.0, 0, 1), (None, 70.0, 0, 0)):
+        frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), Data(outcomeWaitSeconds=wait))
         assert [row["metrics"]["reward"] for row in frame.collect()] == [expected]
-        assert counts["late"] == late
+        assert (counts["late"], counts["open"]) == (late, still)
+
+
+def test_last_steps_that_nobody_tells_of_are_not_guessed(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=0, truncated=None)]))
+    line = {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 1.0}}
+    for name, told in (("nobody", {}), ("end", {"ended": False}), ("cut", {"truncated": True})):
+        outcomes = tmp_path / f"{name}.jsonl"
+        outcomes.write_text(json.dumps(line | told) + "\n")
+        if told:
+            join_outcomes(spark, log, str(outcomes), Data(lastStep="column"))
+            continue
+        with pytest.raises(StageError, match=r"lastStep column: neither the log nor .* tells of last steps"):
+            join_outcomes(spark, log, str(outcomes), Data(lastStep="column"))
 
 
 def test_rows_are_sorted_once_before_all_that_takes_their_order_for_granted(spark, tmp_path):

@@ -53,6 +53,7 @@ def test_an_action_that_cannot_be_used_has_its_reason(tmp_path):
         ("missing_action", {"action": None}),
         ("missing_action", {"action": {}}),
         ("non_finite_action", {"action": {"price": "NaN"}}),
+        ("non_finite_action", {"possible_actions": [SOFA, {"price": "Infinity"}]}),
         ("unreadable_action", {"action": {"price": "cheap"}}),
         ("unreadable_possible_actions", {"possible_actions": [{"price": "cheap"}]}),
     ]

@@ -18,7 +18,7 @@ from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, read_outcomes
 from contracts.job import Data, JobSpec
-from contracts.stage import StageError, UnreachableError
+from contracts.stage import StageError, TransientError
 
 JOB = JobSpec.model_validate({"actions": ["left", "right"]})
 
@@ -166,7 +166,7 @@ class TestTheForms:
 
     def test_a_store_that_cannot_be_reached_may_be_at_another_time(self, spark):
         uri = "hdfs://no-such-host.invalid/log"
-        with pytest.raises(UnreachableError, match=rf"data\.decisionLog {uri}: it cannot be reached: .*no-such-host"):
+        with pytest.raises(TransientError, match=rf"data\.decisionLog {uri}: it cannot be reached: .*no-such-host"):
             read(spark, uri)
 
     def test_reagent_s_rows_as_they_are(self, spark, tmp_path):
@@ -329,6 +329,29 @@ class TestTheColumns:
         with pytest.raises(StageError, match=r"data\.partition\.column day: no such column"):
             read(spark, str(tmp_path / "flat.parquet"), partition=window | {"column": "day"})
 
+    def test_the_last_partition_is_read_to_its_end(self, spark, tmp_path):
+        hours = ["2026-01-01 23:00:00", "2026-01-02 00:00:00", "2026-01-02 23:00:00", "2026-01-03 00:00:00"]
+        rows = pa.table({"mdp_id": hours, "sequence_number": [1] * 4, "action": ["left"] * 4, "at": hours})
+        window = {"column": "at", "first": "2026-01-02", "last": "2026-01-02"}
+        for kind in (pa.string(), pa.timestamp("us", "UTC")):
+            times = rows["at"] if kind == pa.string() else rows["at"].cast(pa.timestamp("us")).cast(kind)
+            pq.write_table(rows.set_column(3, "at", times), tmp_path / "log.parquet")
+            assert [r["mdp_id"] for r in read(spark, str(tmp_path / "log.parquet"), partition=window)] == hours[1:3]
+
+    def test_a_row_that_does_not_tell_its_partition_is_set_aside(self, spark, tmp_path):
+        path = tmp_path / "log.jsonl"
+        days = ("2026-01-01", "2026-01-02", None)
+        jsonl(path, *[ROW | {"ds": day} for day in days])
+        with path.open("a") as file:
+            file.write('{"mdp_id": "torn", "ds": "2026-0')
+        log = read_log(spark, str(path), Data(partition={"first": "2026-01-02", "last": "2026-01-02"}))
+        found = [row[REASON] for row in with_reason(log, JOB).collect()]
+        assert found == [None, "unreadable_ds", "unparsable"]
+
+    def test_a_time_without_its_day_is_none(self, spark, tmp_path):
+        log = read_log(spark, jsonl(tmp_path / "log.jsonl", ROW | {"event_time": "12:30:00"}))
+        assert [row[REASON] for row in with_reason(log, JOB).collect()] == ["unreadable_event_time"]
+
 
 class TestWhatCannotBeRead:
     @pytest.mark.parametrize(
@@ -474,6 +497,13 @@ class TestWhatCannotBeRead:
             pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
         with pytest.raises(StageError, match=r"cannot be read together as parquet.*action_probability"):
             read(spark, str(tmp_path))
+
+    def test_ids_that_are_numbers_in_one_place_and_texts_in_another_are_not_made_alike(self, spark, tmp_path):
+        for name, ids in (("a", [7]), ("b", ["007"])):
+            row = {"mdp_id": ids, "sequence_number": [1], "action": ["left"]}
+            pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
+        with pytest.raises(StageError, match=r"column mdp_id is bigint in some files and string in others"):
+            read(spark, f"{tmp_path}/a.parquet,{tmp_path}/b.parquet")
 
     def test_a_column_that_only_some_files_have_is_missing_in_the_others(self, spark, tmp_path):
         for name, more in (("a", {}), ("b", {"action_probability": [0.5]})):
