@@ -497,7 +497,7 @@ class Resources(Model):
 
     cpu: Quantity = Field("1", description="CPU cores, as a Kubernetes quantity.")
     memory: Quantity = Field("2Gi", description="Memory, as a Kubernetes quantity.")
-    gpus: int = Field(0, ge=0, le=16, description="GPUs (nvidia.com/gpu).")
+    gpus: int = Field(0, ge=0, le=16, description="GPUs (nvidia.com/gpu) of each pod; a process trains on each.")
 
 
 class Toleration(Model):

@@ -31,7 +31,7 @@ KEPT = 2
 
 
 def save_checkpoint(trainer: Trainer, epoch: int, directory: Path) -> None:
-    """Keep the trainer's state as that after an epoch, on disk when this returns."""
+    """Keep the trainer's state as that after an epoch: in its place at once, or not at all."""
     place = directory / f"{epoch:06d}"
     draft = directory / f".{place.name}"
     shutil.rmtree(draft, ignore_errors=True)

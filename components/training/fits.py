@@ -8,8 +8,11 @@ import numpy as np
 
 from components.training.worker import LOOKING_AHEAD
 from components.transitions import Lists, Transitions
-from contracts.job import CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
+from contracts.job import C51, CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
 from contracts.stage import StageError
+
+LOOKED_AT, FEW = 10_000, 0.01
+"""Decisions whose returns are looked at, and the share of them that may lie beyond the atoms, as outliers do."""
 
 
 def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
@@ -31,6 +34,9 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
                 f"algorithm.logisticBandit: rewards lie between {low:g} and {high:g}, and must be in [0, 1]: set "
                 "training.rewardClip and rewardScale so that they are, or choose linearThompson"
             )
+    if isinstance(algorithm, C51):
+        rows = np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).astype(int)
+        _within_atoms(algorithm, data.returns(rows, rewards, data.discount(spec.reward)))
     if spec.slate and data.chosen is not None and (data.chosen == spec.slate.size).all():
         raise StageError(
             f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
@@ -45,13 +51,27 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
     by_lists = not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL)
     if isinstance(lists, Lists) and by_lists and not lists.logged.all():
         if not lists.logged.any():
+            sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL)
+            without = f", or set algorithm.{spec.algorithm.name}.nextAction: logged" if sarsa else ""
             learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
             raise StageError(
                 f"algorithm.{spec.algorithm.name}: the log has no possible_actions to tell what else a decision could "
-                f"have taken, and so nothing of the {learns}; log them, or set algorithm.dqn.nextAction: logged"
+                f"have taken, and so nothing of the {learns}; log them{without}"
             )
         alone = f"{(~lists.logged).sum():,} of {len(data):,} decisions"
         print(f"possible_actions: {alone} have none, as if nothing else had been possible", file=sys.stderr)
+
+
+def _within_atoms(algorithm: C51, returns: np.ndarray) -> None:
+    """Refuse atoms that do not reach as far as the log's own returns: values beyond them cannot be learned."""
+    returns = returns[~np.isnan(returns)]
+    outside = (returns < algorithm.lowest_return) | (returns > algorithm.highest_return)
+    if len(returns) and outside.mean() > FEW:
+        raise StageError(
+            f"algorithm.c51: the log's discounted returns lie between {returns.min():.4g} and {returns.max():.4g}, "
+            f"{outside.mean():.0%} of them outside of lowestReturn {algorithm.lowest_return:g} and highestReturn "
+            f"{algorithm.highest_return:g}: set those around them, or choose qrDqn"
+        )
 
 
 def _only_action(data: Transitions) -> str:

@@ -23,10 +23,18 @@ from components.columns import open_columns, write_columns
 from components.training.bundle import DESCRIPTION
 from components.training.figures import LOSSES
 from components.training.fits import check_fits
-from components.training.worker import CHECKPOINTS, rewards_to_learn_from
+from components.training.worker import CHECKPOINTS, REFUSED, rewards_to_learn_from
 from contracts.job import JobSpec
 from contracts.progress import VARIABLE, parse, report
-from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, code_version, read_record, stage
+from contracts.stage import (
+    EARLIER_VARIABLE,
+    RECORD,
+    StageError,
+    TransientError,
+    code_version,
+    read_record,
+    stage,
+)
 
 ROLE = "worker"
 SCHEDULER_VARIABLE = "BLUEWHALE_TRAINING_SCHEDULER"
@@ -47,19 +55,28 @@ def train(
     part: str = "",
     laid_out: Path | None = None,
 ) -> None:
-    """Train on workers under torchrun; raises `StageError` with the workers' own words.
+    """Train on workers under torchrun; raises with the workers' own words `StageError` where one has refused, and
+    `TransientError` where they were lost or failed otherwise.
 
     They are `spec.training.workers.max` processes here, or as many pods, of which `workers.min` will do, where
-    BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster. With `warm_start`, the directory of a policy
-    bundle, they begin with its weights. What is `known` besides is put into the stage's record. A stage that
-    trains more than once names each `part` in a few letters, and may have `laid_out` the features' columns for all.
-    Where the same training was broken off at `output`, it goes on after the last epoch that was finished.
+    BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster; in a pod with GPUs, a process for each. With
+    `warm_start`, the directory of a policy bundle, they begin with its weights. What is `known` besides is put into the
+    stage's record. A stage that trains more than once names each `part` in a few letters, and may have `laid_out` the
+    features' columns for all. Where the same training was broken off at `output`, it goes on after the last epoch that
+    was finished.
     """
     read_record(features), read_record(normalization)
     before = _set_aside(Path(output))
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
-    nodes = f"1x{workers.max}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x1"
+    if scheduler == "local_cwd":
+        nodes, processes, cores = f"1x{workers.max}", workers.max, float(len(os.sched_getaffinity(0)))
+    else:
+        pod = pod_resource(spec)
+        # Of the pod's own cores: a node may have many more, and numbers must not depend on which one it is.
+        processes, cores = max(1, pod.gpu), pod.cpu
+        nodes = f"{workers.min}:{workers.max}x{processes}"
+    threads = max(1, int(cores / processes))
     seen = at_volume_root if scheduler == "kubernetes" else str
     with (
         stage("training", output) as (directory, facts),
@@ -79,7 +96,8 @@ def train(
             *(["--warm-start", warm_start] if warm_start else []),
             m=f"components.training.{ROLE}", j=nodes,
             env=ELASTIC
-            | {"OMP_NUM_THREADS": "1", VARIABLE: "1", "PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            | {"OMP_NUM_THREADS": str(threads), VARIABLE: "1"}
+            | {"PET_LOCAL_RANKS_FILTER": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )  # fmt: skip
         where = f"the workers' logs are in {directory / 'logs'}"
         if scheduler == "local_cwd":
@@ -89,12 +107,13 @@ def train(
         else:
             cfg = cluster_config(spec, scheduler, part)
             app.roles[0].image = os.environ["BLUEWHALE_TRAINING_IMAGE"]
-            app.roles[0].resource = pod_resource(spec)
+            app.roles[0].resource = pod
             if scheduler == "kubernetes":
                 app.roles[0].mounts = [VolumeMount(v["claimName"], v["mountPath"]) for v in _volumes() if whole(v)]
             where = f"look at the pods of {cfg.get('job_name', app.name)}"
         with get_runner() as runner:
-            _follow(runner, runner.run(app, scheduler=scheduler, cfg=cfg), where)
+            handle = runner.run(app, scheduler=scheduler, cfg=cfg)
+            _follow(runner, handle, where, directory / REFUSED)
         bundle = json.loads((directory / "policy" / DESCRIPTION).read_text())
         facts |= {
             "digest": bundle["digest"],
@@ -226,8 +245,11 @@ def pod_resource(spec: JobSpec) -> Resource:
     return Resource(float(parse_quantity(asked.cpu)), asked.gpus, int(parse_quantity(asked.memory)) >> 20)
 
 
-def _follow(runner: Runner, handle: str, where: str) -> None:
-    """Pass on progress and words of replica 0 until the app's end; an app that nobody follows any more is ended."""
+def _follow(runner: Runner, handle: str, where: str, refused: Path) -> None:
+    """Pass on progress and words of replica 0 until the app's end; an app that nobody follows any more is ended.
+
+    Workers that would fail again have left the reason at `refused`.
+    """
     try:
         with _sigterm_raises():
             for line in runner.log_lines(handle, ROLE, k=0, should_tail=True):
@@ -243,7 +265,7 @@ def _follow(runner: Runner, handle: str, where: str) -> None:
         message = f"training: the workers ended as {status.state.name if status else 'unknown'}"
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             message += f": {json.loads(status.structured_error_msg)['message']['message']}"
-        raise StageError(f"{message}\n  {where}")
+        raise (StageError if refused.exists() else TransientError)(f"{message}\n  {where}")
 
 
 @contextlib.contextmanager

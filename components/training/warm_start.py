@@ -29,9 +29,9 @@ def start_from(
 ) -> str | None:
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
-    Features, and values of an enum, that are new since then begin without a weight, so that the policy is the same at
-    first, but for features' scales, which follow the log. Returns None, said aloud, where the bundle does not fit:
-    algorithm, actions or layers are others, or a feature is gone or of another type.
+    Features of the state or of items, and values of an enum, that are new since then begin without a weight, so that
+    the policy is the same at first, but for features' scales, which follow the log. Returns None, said aloud, where the
+    bundle does not fit: algorithm, actions or layers are others, or a feature is gone or of another type.
     """
     try:
         bundle = read_bundle(directory)
@@ -47,7 +47,7 @@ def start_from(
         print(f"no warm start, training begins anew: {error}", file=sys.stderr, flush=True)
         return None
     _take_moments(moments, network, optimizer, taken)
-    added = network.normalization.outputs - len(taken)
+    added = _inputs(normalization, actions) - len(taken)
     more = f", {added} of its inputs new" if added else ""
     print(f"warm start from policy {bundle.digest}{more}", file=sys.stderr, flush=True)
     return bundle.digest
@@ -64,32 +64,43 @@ def _meaning(algorithm: Algorithm) -> str:
 def _places(
     bundle: Bundle, network: Normalized, normalization: NormalizationSpec, actions: Actions, directory: str
 ) -> list[int]:
-    """Where each input of the bundle's network is among the inputs of this one."""
-    if bundle.actions.names != actions.names or _described(bundle.actions) != _described(actions):
-        theirs = ", ".join(bundle.actions.names or [name for name, _ in _described(bundle.actions)])
-        raise StageError(f"{directory}: its actions are not this job's: {theirs}")
+    """Where each input of the bundle's network is among the inputs of this one: of the state, then of an action."""
+    if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
+        raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}")
     if bundle.actions.bounds != actions.bounds:
         raise StageError(
             f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "
             "not change with the log"
         )
-    types = {f.name: f.type for f in normalization.features}
-    for feature in bundle.normalization.features:
-        if types.get(feature.name) != feature.type:
-            now = f"is {types[feature.name]} now" if feature.name in types else "is gone"
-            raise StageError(f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}")
-    columns = NormalizationGraph(bundle.normalization).output_columns
-    ours = {column: place for place, column in enumerate(network.normalization.output_columns)}
-    if gone := [column for column in columns if column not in ours]:
-        raise StageError(f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more")
-    places = [ours[column] for column in columns]
+    places = _columns(bundle.normalization, normalization, directory)
+    if bundle.actions.described and actions.described:
+        columns = _columns(bundle.actions.described, actions.described, directory)
+        places += [network.normalization.outputs + place for place in columns]
+    elif actions.bounds:
+        places += range(network.normalization.outputs, _inputs(normalization, actions))
     if _shapes(bundle.network) != _shapes(network):
         raise StageError(f"{directory}: its layers are not this job's")
     return places
 
 
-def _described(actions: Actions) -> list[tuple[str, str]]:
-    return NormalizationGraph(actions.described).output_columns if actions.described else []
+def _columns(theirs: NormalizationSpec, ours: NormalizationSpec, directory: str) -> list[int]:
+    """Where each column of the bundle's normalized features is among ours."""
+    types = {f.name: f.type for f in ours.features}
+    for feature in theirs.features:
+        if types.get(feature.name) != feature.type:
+            now = f"is {types[feature.name]} now" if feature.name in types else "is gone"
+            raise StageError(f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}")
+    columns = NormalizationGraph(theirs).output_columns
+    places = {column: place for place, column in enumerate(NormalizationGraph(ours).output_columns)}
+    if gone := [column for column in columns if column not in places]:
+        raise StageError(f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more")
+    return [places[column] for column in columns]
+
+
+def _inputs(normalization: NormalizationSpec, actions: Actions) -> int:
+    """Of a network that is given an action beside the state."""
+    of_action = NormalizationGraph(actions.described).outputs if actions.described else len(actions.bounds or ())
+    return NormalizationGraph(normalization).outputs + of_action
 
 
 def _by_input(network: nn.Module) -> set[str]:
@@ -114,10 +125,9 @@ def _moved(theirs: Tensor, ours: Tensor, places: list[int], by_input: bool) -> T
     """Weights of the bundle's network, or what the optimizer knows of them, where this network has them."""
     if not by_input:
         return theirs
-    # After the state's inputs come those of the action, if any.
-    of_action = theirs.shape[1] - len(places)
     moved = torch.zeros_like(ours)
-    moved[:, places + list(range(ours.shape[1] - of_action, ours.shape[1]))] = theirs.to(ours.device)
+    # A network that is given no action has the first of them.
+    moved[:, places[: theirs.shape[1]]] = theirs.to(ours.device)
     return moved
 
 

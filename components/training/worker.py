@@ -95,22 +95,23 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
     return Actions(data.actions, bounds)
 
 
-def check_converges(score: float, losses: list[float], most: float, step: int, advice: str) -> None:
+def check_converges(score: float, spread: float, losses: list[float], most: float, step: int, advice: str) -> None:
     """Raise `StageError` when values have left all that the log's rewards could sum to, which `most` is.
 
-    A network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything. Where
-    `most` is not known, the loss of each look tells, the last of `losses` being this one's: it may rise, but not
-    without end.
+    Of the values of logged actions `score` is the mean and `spread` the standard deviation: they may run both ways. A
+    network's first scores are of the size of 1 whatever the rewards' unit is, and are no sign of anything. Where `most`
+    is not known, the loss of each look tells, the last of `losses` being this one's: it may rise, but not without end.
     """
     loss, last = losses[-1], losses[-RISING - 1 :]
     rises = len(last) > RISING and all(a < b for a, b in itertools.pairwise(last)) and loss > RISEN * max(last[0], 1e-3)
-    if math.isfinite(loss) and abs(score) <= RUNAWAY * max(most, 1.0) and not (rises and math.isinf(most)):
+    size = max(abs(score), spread)
+    if math.isfinite(loss) and size <= RUNAWAY * max(most, 1.0) and not (rises and math.isinf(most)):
         return
     known = f", while the log's rewards can sum to {most:.3g} at most" if math.isfinite(most) else ""
     raise StageError(
-        f"training diverges: at step {step:,} the mean value of the logged actions is {score:.3g} and the loss "
-        f"{loss:.3g}{known}. Values feed on themselves where the log has few of the actions that they make look best: "
-        f"lower learningRate or targetUpdateRate, {advice}"
+        f"training diverges: at step {step:,} the values of the logged actions are {score:.3g} on average, with a "
+        f"deviation of {spread:.3g}, and the loss is {loss:.3g}{known}. Values feed on themselves where the log has "
+        f"few of the actions that they make look best: lower learningRate or targetUpdateRate, {advice}"
     )
 
 
@@ -175,6 +176,19 @@ def device_of_worker() -> torch.device:
     return device
 
 
+def be_deterministic(wanted: bool = True) -> None:
+    """The same numbers from the same seed, by operators that give them."""
+    torch.use_deterministic_algorithms(wanted)
+    # Else all new memory is filled, to show who reads what was never written; that is 5 % of a small step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself: where it does not, that is converted number by number."""
+    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return found
+
+
 def keep_memory() -> None:
     """Let glibc keep what a step has freed: given back, it comes again page by page, for 1 to 5 % of a small step."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
@@ -199,11 +213,14 @@ def run_worker(
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     keep_memory()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    torch.use_deterministic_algorithms(True)
-    # Else all new memory is filled, to show who reads what was never written; that is 5 % of a small step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    be_deterministic()
     torch.manual_seed(spec.seed)
+    if rank == 0 and spec.training.precision == "bfloat16" and device == CPU and not computes_bfloat16():
+        print(
+            "training.precision: this CPU has no instructions for bfloat16, and steps take many times as long as in "
+            "float32: leave it out",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     if spec.training.compile and (missing := missing_to_compile()):
         raise StageError(f"training.compile: there is no {missing}: install it, or leave training.compile out")
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
@@ -324,7 +341,7 @@ def learn(
             look = looks.popleft()
             seen = look.read()
             losses.append(seen["td_loss"])
-            check(seen["q_mean"], losses, step=look.step)
+            check(seen["q_mean"], seen["q_stddev"], losses, step=look.step)
             figures.write(look, ends[-1])
         epoch += ended
         yield epoch * ended

@@ -42,3 +42,18 @@ def test_a_logistic_bandit_wants_rewards_that_are_probabilities(low: float) -> N
     else:
         with pytest.raises(StageError, match=r"between -0\.5 and 1, and must be in \[0, 1\]: set training\.rewardClip"):
             check_fits(transitions([0, 1]), spec, rewards)
+
+
+@pytest.mark.parametrize(("outside", "share"), [(0, ""), (1, ""), (4, "2%")])
+def test_atoms_must_reach_as_far_as_returns_but_for_outliers(outside: int, share: str) -> None:
+    atoms = {"c51": {"lowestReturn": 0.0, "highestReturn": 10.0}}
+    spec = JobSpec.model_validate({"actions": ["left", "right"], "algorithm": atoms})
+    data = transitions([0, 1] * 100)
+    data.terminal[:] = True
+    rewards = np.full(200, 9.0, np.float32)
+    rewards[:outside] = 500.0
+    if not share:
+        check_fits(data, spec, rewards)
+        return
+    with pytest.raises(StageError, match=rf"c51: .* between 9 and 500, {share} .* lowestReturn 0 and highestReturn 10"):
+        check_fits(data, spec, rewards)

@@ -1,5 +1,6 @@
 """Where the workers run, and that nobody's workers go on."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -21,8 +22,8 @@ from components.training.figures import LOSSES
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
 from components.training.worker import CHECKPOINTS
-from contracts.job import JobSpec
-from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, read_record
+from contracts.job import JobSpec, Resources
+from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, TransientError, read_record
 
 SPEC = JobSpec.model_validate(
     {
@@ -143,20 +144,49 @@ class FakeRunner:
 
 
 def test_words_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
-    _follow(FakeRunner(["epoch 1\n"]), "app", "")
+    _follow(FakeRunner(["epoch 1\n"]), "app", "", Path("refused"))
     assert capsys.readouterr().err == "epoch 1\n"
 
 
-def test_failed_workers_are_explained_in_their_own_words() -> None:
+def test_failed_workers_are_explained_in_their_own_words(tmp_path: Path) -> None:
     error = json.dumps({"message": {"message": "StageError: lower the batch size"}})
-    with pytest.raises(StageError, match=r"ended as FAILED: StageError: lower the batch size\n  look there"):
-        _follow(FakeRunner([], AppState.FAILED, error), "app", "look there")
+    refused = tmp_path / "refused.txt"
+    said = r"ended as FAILED: StageError: lower the batch size\n  look there"
+    with pytest.raises(TransientError, match=said):
+        _follow(FakeRunner([], AppState.FAILED, error), "app", "look there", refused)
+    refused.touch()
+    with pytest.raises(StageError, match=said):
+        _follow(FakeRunner([], AppState.FAILED, error), "app", "look there", refused)
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "threads"),
+    [({"cpu": "8"}, "1:2x1", "8"), ({"cpu": "8", "gpus": 4}, "1:2x4", "2"), ({"cpu": "500m"}, "1:2x1", "1")],
+)
+def test_a_pod_has_a_process_for_each_gpu_and_threads_for_its_own_cores(
+    small_log: SmallLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], nodes: str,
+    threads: str,
+) -> None:  # fmt: skip
+    class Refusing:
+        def run(self, app: Any, scheduler: str, cfg: Any) -> str:
+            (role,) = app.roles
+            assert role.env["OMP_NUM_THREADS"] == threads
+            assert f"--nnodes {nodes.split('x')[0]} --nproc_per_node {nodes.split('x')[1]}" in " ".join(role.args)
+            raise TransientError("seen")
+
+    spec, stages = small_log(workers=2)
+    training = spec.training.model_copy(update={"resources": Resources.model_validate(resources)})
+    monkeypatch.setenv(launch.SCHEDULER_VARIABLE, "bluewhale")
+    monkeypatch.setenv("BLUEWHALE_TRAINING_IMAGE", "image")
+    monkeypatch.setattr(launch, "get_runner", lambda: contextlib.nullcontext(Refusing()))
+    with pytest.raises(TransientError, match="seen"):
+        launch.train(spec.model_copy(update={"training": training}), *stages, tmp_path / "policy")
 
 
 def test_workers_that_cannot_be_followed_are_ended() -> None:
     runner = FakeRunner([ConnectionError("gone")])
     with pytest.raises(ConnectionError):
-        _follow(runner, "app", "")
+        _follow(runner, "app", "", Path("refused"))
     assert runner.cancelled
 
 
@@ -201,7 +231,7 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     spec, stages = small_log(epochs=4)
     output = tmp_path / "training"
 
-    def broken_off(runner: Any, handle: str, _: str) -> None:
+    def broken_off(runner: Any, handle: str, *_: Any) -> None:
         wait_for_a_checkpoint(output)
         runner.cancel(handle)
         raise KeyboardInterrupt
@@ -293,7 +323,7 @@ class Runner:
     def cancel(self, _):
         Path({str(tmp_path / "cancelled")!r}).touch()
 
-_follow(Runner(), "app", "")
+_follow(Runner(), "app", "", Path("refused"))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]

@@ -112,6 +112,28 @@ def test_new_features_and_values_change_nothing_at_first_and_are_learned(
     assert (weights[:, columns].abs().sum(0) > 0).all()
 
 
+@pytest.mark.parametrize("dueling", [False, True])
+def test_new_features_of_items_change_nothing_at_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dueling: bool
+) -> None:
+    colour = feature("colour", "enum", values=[1.0, 2.0])
+    then, now = (Actions([], described=spec(X, colour)), Actions([], described=spec(PLACE, colour, X)))
+    made = Algorithm.model_validate({"dqn": {"hiddenLayers": [8], "dueling": dueling}})
+    torch.manual_seed(0)
+    before, network = build_network(made, BEFORE, then), build_network(made, BEFORE, now)
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, before, made, BEFORE, then, PolicyHead(), {})
+    trainer = Trainer(build_learner(made, network), 0.01)
+    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, now, made)
+    assert "3 of its inputs new" in capsys.readouterr().err  # place and its two values
+    state = torch.tensor([[0.5, 1.0], [3.0, 2.0]])
+    scores = before(state, torch.tensor([[0.5, 1.0], [7.0, 2.0]]))
+    torch.testing.assert_close(network(state, torch.tensor([[1.0, 1.0, 0.5], [2.0, 2.0, 7.0]])), scores)
+    gone = Actions([], described=spec(colour))
+    assert start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made) is None
+    assert "x (continuous) is gone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("now", "actions", "layers", "said"),
     [

@@ -252,24 +252,27 @@ def test_rewards_are_clipped_then_scaled_to_be_learned_from(training: dict[str, 
     assert rewards_to_learn_from(data, spec).tolist() == wanted
 
 
-@pytest.mark.parametrize(("score", "loss"), [(301.0, 1.0), (-301.0, 1.0), (5.0, float("nan")), (float("inf"), 1.0)])
-def test_values_that_run_away_are_told_with_a_remedy(score: float, loss: float) -> None:
+@pytest.mark.parametrize(
+    ("score", "spread", "loss"),
+    [(301.0, 0.0, 1.0), (-301.0, 0.0, 1.0), (0.0, 301.0, 1.0), (5.0, 1.0, float("nan")), (float("inf"), 1.0, 1.0)],
+)
+def test_values_that_run_away_are_told_with_a_remedy(score: float, spread: float, loss: float) -> None:
     with pytest.raises(StageError, match=r"training diverges: at step 50 .* choose cql or bcq"):
-        check_converges(score, [loss], 100.0, 50, "or choose cql or bcq")
+        check_converges(score, spread, [loss], 100.0, 50, "or choose cql or bcq")
 
 
 def test_values_within_what_rewards_can_sum_to_go_on() -> None:
-    check_converges(250.0, [1e6], 100.0, 50, "")
-    check_converges(1e9, [1e6], float("inf"), 50, "")
+    check_converges(250.0, 290.0, [1e6], 100.0, 50, "")
+    check_converges(1e9, 1e9, [1e6], float("inf"), 50, "")
 
 
 def test_a_loss_that_rises_without_end_is_told_where_nothing_bounds_values() -> None:
     rising = [2.0**n for n in range(11)]
-    with pytest.raises(StageError, match=r"training diverges: at step 50 .* the loss 1\.02e\+03\. Values feed"):
-        check_converges(1.0, rising, float("inf"), 50, "")
-    check_converges(1.0, rising, 100.0, 50, "")  # there values tell
-    check_converges(1.0, [*rising[:5], 1.0, *rising[5:]], float("inf"), 50, "")  # it fell meanwhile
-    check_converges(1.0, [1e-6 * loss for loss in rising], float("inf"), 50, "")  # from nothing
+    with pytest.raises(StageError, match=r"training diverges: at step 50 .* the loss is 1\.02e\+03\. Values feed"):
+        check_converges(1.0, 1.0, rising, float("inf"), 50, "")
+    check_converges(1.0, 1.0, rising, 100.0, 50, "")  # there values tell
+    check_converges(1.0, 1.0, [*rising[:5], 1.0, *rising[5:]], float("inf"), 50, "")  # it fell meanwhile
+    check_converges(1.0, 1.0, [1e-6 * loss for loss in rising], float("inf"), 50, "")  # from nothing
 
 
 def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
@@ -288,8 +291,8 @@ def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
 
 
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
-    check_converges(0.05, [0.1], 1e-4, 50, "")
-    check_converges(0.05, [0.1], 0.0, 50, "")
+    check_converges(0.05, 0.05, [0.1], 1e-4, 50, "")
+    check_converges(0.05, 0.05, [0.1], 0.0, 50, "")
 
 
 @pytest.mark.parametrize(
