@@ -40,13 +40,21 @@ from components.training.checkpoint import save_checkpoint
 from components.training.figures import Figures
 from components.training.store import Store
 from components.training.trainer import Trainer
-from components.training.worker import PROBE, check_converges, keep_memory, learn
+from components.training.worker import (
+    PROBE,
+    be_deterministic,
+    check_converges,
+    computes_bfloat16,
+    keep_memory,
+    learn,
+)
 from contracts.job import DQN, Algorithm
 
 ROWS, HIDDEN, SECONDS, EPOCH = 100_000, 256, 0.5, 1_000
 WAYS = {
     precision + (", compiled" if compiled else ""): (precision, compiled)
     for precision, compiled in itertools.product(("float32", "bfloat16"), (False, True))
+    if precision == "float32" or computes_bfloat16()
 }
 Step = Callable[[], object]
 
@@ -101,6 +109,7 @@ def ours(data: Store, features: int, batch: int, precision: str, compiled: bool,
     steps = learn(trainer, batches, 0, ends, batch, figures, check)
 
     def step() -> None:
+        be_deterministic()
         if epoch := next(steps):
             save_checkpoint(trainer, epoch, directory / "checkpoints")
 
@@ -124,6 +133,7 @@ def by_hand(data: Store, features: int, batch: int) -> Step:
     at = 0
 
     def step() -> None:
+        be_deterministic(False)
         nonlocal at
         b = batches[at % len(batches)]
         at += 1

@@ -106,12 +106,30 @@ def _job_command(name: str, example: str = "") -> Callable[[Callable[..., Any]],
     return wrap
 
 
+def _policy(_: click.Context, __: click.Parameter, given: str) -> str:
+    """Where a policy bundle really is: `runs/` links to it, and links to the next one later."""
+    if not given:
+        return ""
+    from components.training.bundle import DESCRIPTION
+
+    if not (Path(given) / DESCRIPTION).is_file():
+        raise click.BadParameter(f"{given}: no policy bundle there, which has a {DESCRIPTION}")
+    return str(Path(given).resolve())
+
+
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+
+
+_warm_start = click.option(
+    "--warm-start", metavar="POLICY", default="", callback=_policy,
+    help="Begin with the weights of this policy bundle, as runs/yesterday/training/policy.",
+)  # fmt: skip
 
 
 @_job_command("run", "bluewhale run manifests/examples/cartpole.yaml")
 @_as_json
-def run(run: Run, as_json: bool) -> None:
+@_warm_start
+def run(run: Run, as_json: bool, warm_start: str) -> None:
     """Run the whole job, or what of it is not finished, and write result.json and report.html."""
     from contracts.stage import alone
     from pipelines.local import run_job
@@ -120,7 +138,7 @@ def run(run: Run, as_json: bool) -> None:
     try:
         with alone(run.directory), Display(console) as display:
             reaper.succeed(run.directory)
-            code = run_job(run, display)
+            code = run_job(run, display, warm_start)
     finally:
         if as_json and run.result:
             click.echo(json.dumps(run.result, indent=2))
@@ -222,7 +240,8 @@ def understand(run: Run) -> None:
 
 
 @_job_command("train")
-def train(run: Run) -> None:
+@_warm_start
+def train(run: Run, warm_start: str) -> None:
     """Train the job's algorithm with TorchX on as many workers as it says, after its sweep, if it has one."""
     if run.job.spec.sweep:
         from components.sweep.sweep import sweep_and_train as launch
@@ -230,7 +249,7 @@ def train(run: Run) -> None:
         from components.training.launch import train as launch
 
     with _shown(run, "training"):
-        launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"))
+        launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"), warm_start)
 
 
 @_job_command("evaluate")
@@ -325,19 +344,18 @@ def reproduce(names: tuple[str, ...], only: tuple[str, ...], seeds: int, as_json
     if unknown := [name for name in only if name not in known]:
         raise click.BadParameter(f"{unknown[0]}: there are {', '.join(dict.fromkeys(known))}", param_hint="--only")
     found = {}
-    with Display(console) as display:
-        for name in chosen:
+    for name in chosen:
+        with Display(console) as display:
             display.start(name)
             progress.listener = functools.partial(display.progress, name)
-            found[name] = studies.reproduce(name, list(only), range(seeds))
+            results = studies.reproduce(name, list(only), range(seeds))
+        found[name] = [vars(result) for result in results]
+        if not as_json:  # each as it is ready: they take hours
+            study = studies.STUDIES[name]
+            table = studies.table(results, study.decimals)
+            click.echo(f"{study.title}: mean over {seeds} seeds [95 %].\n\n{table}\n")
     if as_json:
-        click.echo(
-            json.dumps({name: [vars(result) for result in results] for name, results in found.items()}, indent=2)
-        )
-        return
-    for name, results in found.items():
-        study = studies.STUDIES[name]
-        click.echo(f"{study.title}: mean over {seeds} seeds [95 %].\n\n{studies.table(results, study.decimals)}\n")
+        click.echo(json.dumps(found, indent=2))
 
 
 def _setting(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:

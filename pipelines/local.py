@@ -56,8 +56,10 @@ class Run:
         return given or str(self.path("log") / "decisions.parquet")
 
 
-def run_job(run: Run, display: Display) -> int:
+def run_job(run: Run, display: Display, warm_start: str = "") -> int:
     """Run every stage that is not finished; returns the exit code and leaves result.json and report.html.
+
+    Training begins with the policy bundle at `warm_start`, if that is given.
 
     0: promoted. 1: a stage failed (raises `StageError`). 3: stopped by the gate. 4: rolled back by the canary.
     """
@@ -82,7 +84,7 @@ def run_job(run: Run, display: Display) -> int:
     try:
         if spec.simulation:
             log(run, display)
-        train_and_evaluate(run, display)
+        train_and_evaluate(run, display, warm_start)
         collect(run)
         if spec.simulation:
             from simulation.truth import true_returns
@@ -131,7 +133,7 @@ def log(run: Run, display: Display) -> None:
     display.finish("log", made["seconds"], text=f"{made['rows']:,} decisions")
 
 
-def train_and_evaluate(run: Run, display: Display) -> None:
+def train_and_evaluate(run: Run, display: Display, warm_start: str = "") -> None:
     """Run the KFP pipeline with its cache, and link each stage's directory into the run's; raises `StageError`."""
     from kfp import local
 
@@ -149,7 +151,8 @@ def train_and_evaluate(run: Run, display: Display) -> None:
                 raise StageError(f"spec.data.{name} {path}: no such file or directory")
             data += found
     version = f"{code_version()}-{digest_files(*data)[:12]}"
-    arguments = parameters(run.job.spec.model_copy(update={"data": settings}), decision_log, version)
+    spec = run.job.spec.model_copy(update={"data": settings})
+    arguments = parameters(spec, decision_log, version, warm_start=warm_start)
     temporary = run.directory / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

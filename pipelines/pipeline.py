@@ -64,9 +64,9 @@ class Outputs(NamedTuple):
 
 def inputs(cluster: "Cluster | None") -> list[str]:
     """Names of the pipeline's parameters."""
-    names = ["decision_log", "outcomes", "version", *(f"{stage}_job" for stage in STAGES)]
+    names = ["decision_log", "outcomes", "version", "warm_start", *(f"{stage}_job" for stage in STAGES)]
     if cluster:
-        names += ["rollout_job", "warm_start"]
+        names.append("rollout_job")
         if cluster.job.spec.simulation:
             names[0] = "simulation_job"
     return names

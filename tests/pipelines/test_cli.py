@@ -78,6 +78,19 @@ def test_the_results_tables_tell_what_there_is(run, option, known):
     assert known in " ".join(done.stderr.split())
 
 
+def test_the_results_tables_are_printed(run):
+    done = run("reproduce", "--study", "bandits", "--only", "500 decisions", "--only", "LinUCB, greedy", "--seeds", "2")
+    assert done.exit_code == 0
+    assert "mean over 2 seeds [95 %].\n\n| | 500 decisions |\n|---|---|\n| LinUCB, greedy | " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_warm_start_wants_a_policy(run, command):
+    done = run(command, EXAMPLE, "--warm-start", "yesterday")
+    assert done.exit_code == 2
+    assert "yesterday: no policy bundle there, which has a bundle.json" in done.stderr
+
+
 def test_an_environment_that_cannot_be_played_is_refused(run):
     done = run("gym", "Nowhere-v0")
     assert done.exit_code == 2

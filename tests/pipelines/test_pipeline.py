@@ -20,7 +20,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
 from pipelines.cluster import Cluster, compile_pipeline, run_spec
-from pipelines.pipeline import SECTIONS, STAGES, build_pipeline
+from pipelines.pipeline import SECTIONS, STAGES, build_pipeline, parameters
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "cartpole.yaml"
 ALL = ("simulation", *STAGES, "rollout")
@@ -301,7 +301,7 @@ def test_on_one_machine_there_is_no_pod_to_furnish() -> None:
     spec = pipeline.pipeline_spec
     assert set(spec.root.dag.tasks) == set(STAGES)
     assert not pipeline.platform_spec.platforms
-    assert "warm_start" not in spec.root.input_definitions.parameters
+    assert parameters(load_job(EXAMPLE).spec, "log", "v", warm_start="policy")["warm_start"] == "policy"
     for executor in spec.deployment_spec["executors"].values():
         assert "env" not in executor["container"]
 
