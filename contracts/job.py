@@ -88,7 +88,7 @@ class Columns(Model):
 
 
 class Partition(Model):
-    """The partitions of a log to read, both ends included, compared as text, as dates like 2026-01-31 can be."""
+    """The partitions of a log to read, both ends included, compared as text; of a day like 2026-01-31 all hours."""
 
     column: str = Field("ds", min_length=1, description="The column that the log is partitioned by.")
     first: str = Field(min_length=1, description="The first value to read.")
@@ -592,6 +592,10 @@ class Training(Model):
     def _divides(self) -> Training:
         if self.batch_size % self.workers.max:
             raise ValueError(f"batchSize {self.batch_size} must be a multiple of workers.max {self.workers.max}")
+        if self.batch_size % (processes := self.workers.max * max(1, self.resources.gpus)):
+            raise ValueError(
+                f"batchSize {self.batch_size} must be a multiple of {processes}, workers.max times resources.gpus"
+            )
         return self
 
 

@@ -135,8 +135,8 @@ def _key(given: Column, kind: T.DataType) -> Column:
     """A key as the view has it; a whole number may be written as 7.0, as tools do that had missing ones beside it."""
     if not isinstance(kind, T.IntegralType):
         return given.try_cast(kind)
-    number = given.try_cast("double")
-    return F.when(number % 1 == 0, F.coalesce(given.try_cast(kind), number.try_cast(kind)))
+    number = given.try_cast("decimal(38,9)")
+    return F.when(number == F.floor(number), number.try_cast(kind))
 
 
 def join_service(transitions: DataFrame, store: Any, service: Any, settings: Features) -> DataFrame:

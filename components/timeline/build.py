@@ -29,6 +29,8 @@ HASHES = 1_000_000
 BUCKETS = 1 << 16
 HEAD_ROWS = 1000
 MOST_FEATURES = 20_000
+OPEN = 0.01
+"""Share of the decisions whose wait for outcomes may go on beyond the last one: that of the last ones always does."""
 
 
 def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, output: str | Path) -> None:
@@ -95,10 +97,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
                 f"{spec.data.last_step} takes for their end: column would take the log's word"
             )
-        if still := facts.get("outcomes", {}).get("open"):
+        if (still := facts.get("outcomes", {}).get("open", 0)) > OPEN * rows:
             document["warnings"].append(
-                f"{still:,} decisions were made so late that data.outcomeWaitSeconds goes on beyond the last outcome: "
-                "what comes for them is missing here. Run again later, or leave their days out by data.partition"
+                f"for {still:,} of {rows:,} decisions data.outcomeWaitSeconds goes on beyond the last outcome: if "
+                "outcomes are still coming, theirs are missing here. Run again later, or leave their days out by "
+                "data.partition"
             )
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
@@ -406,7 +409,7 @@ def _named() -> Column:
     step = F.concat(F.lit(", sequence_number "), F.col("sequence_number"))
     return F.coalesce(
         F.concat(F.lit("mdp_id "), "mdp_id", F.coalesce(step, F.lit(""))),
-        F.substring(F.col(AS_IT_WAS).cast("string"), 1, 80),
+        F.substring(AS_IT_WAS, 1, 80),
     )
 
 

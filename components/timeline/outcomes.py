@@ -15,7 +15,7 @@ def join_outcomes(
 ) -> tuple[DataFrame, dict[str, int]]:
     """Add to each decision the metrics that were reported for it later, and whether its MDP was said to have `ended`.
 
-    Of a metric reported twice the later report counts. Reports that came more than `wait_seconds` after their decision,
+    Of a metric reported twice the later report counts. Reports that came later than `data` has them waited for,
     or do not say when, are not used: once that time has passed for all, a run over the same days gives the same result
     whenever it is made. Also returns how many reports there were, how many of them could not be read, match no
     decision, or came late, and for how many decisions the wait is `open` still: it goes on beyond the last report.
@@ -39,10 +39,17 @@ def join_outcomes(
             "written, or use all outcomes"
         )
     found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
-    counts = {"reports": reports, "unparsable": reports - fine, "unmatched": fine - found[0], "late": found[1]}
-    last_report = readable.agg(F.max("event_time")).collect()[0][0]
-    still = F.col("event_time") + wait > F.lit(last_report)
-    counts["open"] = log.where(still).count() if wait_seconds is not None and last_report else 0
+    counts = {
+        "reports": reports,
+        "unparsable": reports - fine,
+        "unmatched": fine - found[0],
+        "late": found[1],
+        "open": 0,
+    }
+    if wait_seconds is not None:
+        last_report = F.max(F.unix_micros("event_time")).alias("last_report")
+        still = F.unix_micros(F.col("event_time") + wait) > F.col("last_report")
+        counts["open"] = log.crossJoin(F.broadcast(readable.agg(last_report))).where(still).count()
     per_metric = matched.where(~F.col("late")).select(
         "mdp_id", "sequence_number", "event_time", "truncated", "ended", F.explode_outer("metrics")
     )
@@ -67,7 +74,9 @@ def join_outcomes(
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
     joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
     if readable.where(F.col("ended").isNotNull()).isEmpty():
-        if data.last_step == "column" and joined.where(F.col("truncated").isNotNull()).isEmpty():
+        if data.last_step == "column" and all(
+            rows.where(F.col("truncated").isNotNull()).isEmpty() for rows in (log, readable)
+        ):
             raise StageError(
                 f"data.lastStep column: neither the log nor {path} tells of last steps, by truncated or ended: "
                 "have it written, or say terminal or truncated"

@@ -50,6 +50,7 @@ OURS = (
 OUR_PREFIXES = (STATE_PREFIX, NEXT_STATE_PREFIX, ACTION_PREFIX, "returns_", "quarantine_", "_")
 """Names that the stage gives to columns, so that a join key of the log cannot have them."""
 _STRINGS = T.MapType(T.StringType(), T.StringType())
+_TEXTS = ("string", _STRINGS.simpleString())
 
 
 def read_log(spark: SparkSession, path: str, data: Data | None = None, action_space: str = "discrete") -> DataFrame:
@@ -110,11 +111,9 @@ def _within(partition: Partition) -> Column:
     """Whether a row is of the partitions that are to be read; one that does not tell its own is read, and rejected."""
     value, last = F.col(f"`{partition.column}`").cast("string"), partition.last
     within = value.isNull() | value.between(partition.first, last)
-    if last[-1:].isdigit():
-        # All hours of the last day.
-        for separator in " T-":
-            within |= value.startswith(last + separator)
-    return within
+    # All hours of the last day.
+    separators = " T-" if re.fullmatch(r"\d{4}-\d\d-\d\d", last) else ""
+    return functools.reduce(lambda either, one: either | value.startswith(last + one), separators, within)
 
 
 def counted_in_millionths(log: DataFrame) -> bool:
@@ -187,7 +186,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
         for name in paths:
             if not spark.catalog.tableExists(name):
                 raise StageError(f"{field} {name}: no such table in Spark's catalog")
-        return _union([spark.table(name) for name in paths], f"{field} {text}")
+        return _union([spark.table(name) for name in paths])
     try:
         absent = next((path for path in paths if not _statuses(spark, path)), "")
         told = {path: found for path in paths if form == "auto" and (found := _form(spark, path))}
@@ -204,7 +203,7 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
             raise StageError(_several(field, text, other, told[other], form))
     try:
         # Each by itself: partitions of several roots have nothing in common for Spark to find.
-        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths], f"{field} {text}")
+        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths])
         if data.format == "auto":
             for file in whole.inputFiles():
                 if (found := _form_of(unquote(file))) not in (form, ""):
@@ -281,30 +280,27 @@ def _load_csv(spark: SparkSession, path: str, options: dict[str, str]) -> DataFr
         for names, files in by_header.items()
         if names
     ]
-    return _union(frames or [whole], path)
+    return _union(frames or [whole])
 
 
-def _union(frames: list[DataFrame], field: str) -> DataFrame:
-    """The rows of all; raises `StageError` for a column of numbers here and of texts there: Spark would convert it."""
-    whole = frames[0]
-    for frame in frames[1:]:
-        types = {field.name: field.dataType.simpleString() for field in whole.schema}
-        for name, found in ((field.name, field.dataType.simpleString()) for field in frame.schema):
-            if name in types and _kind(found) != _kind(types[name]):
-                raise StageError(
-                    f"{field}: column {name} is {types[name]} in some files and {found} in others: write them "
-                    "anew with one type"
-                )
-        whole = whole.unionByName(frame, allowMissingColumns=True)
-    return whole
+def _union(frames: list[DataFrame]) -> DataFrame:
+    """The rows of all. What is text in one is text in all: Spark would make it the numbers or times of the others."""
+    found: dict[str, set[str]] = {}
+    for name, kind in (pair for frame in frames for pair in frame.dtypes):
+        found.setdefault(name, set()).add(kind)
+    texts = {name: kind for name, kinds in found.items() for kind in _TEXTS if len(kinds) > 1 and kind in kinds}
 
+    def read_alike(frame: DataFrame) -> DataFrame:
+        columns = [
+            F.col(f"`{field.name}`").cast(texts[field.name]).alias(field.name, metadata=field.metadata)
+            if field.name in texts
+            else F.col(f"`{field.name}`")
+            for field in frame.schema
+        ]
+        return frame.select(*columns) if texts else frame
 
-def _kind(of: str) -> str:
-    """A type without the size of its numbers; what structs hold, and whether a text is a time, is told apart later."""
-    if of.startswith(("struct", "array<struct")):
-        return "struct"
-    alike = {r"tinyint|smallint|int|bigint": "integer", r"float|double": "fraction", r"date|timestamp\w*": "string"}
-    return functools.reduce(lambda text, one: re.sub(rf"\b({one[0]})\b", one[1], text), alike.items(), of)
+    alike = map(read_alike, frames)
+    return functools.reduce(lambda a, b: a.unionByName(b, allowMissingColumns=True), alike)
 
 
 def _root(spark: SparkSession, path: str) -> str:

@@ -337,6 +337,10 @@ class TestTheColumns:
             times = rows["at"] if kind == pa.string() else rows["at"].cast(pa.timestamp("us")).cast(kind)
             pq.write_table(rows.set_column(3, "at", times), tmp_path / "log.parquet")
             assert [r["mdp_id"] for r in read(spark, str(tmp_path / "log.parquet"), partition=window)] == hours[1:3]
+        window = {"column": "mdp_id", "first": "exp-3", "last": "exp-3"}
+        names = pa.table({"mdp_id": ["exp-3", "exp-3-b"], "sequence_number": [1] * 2, "action": ["left"] * 2})
+        pq.write_table(names, tmp_path / "names.parquet")
+        assert [r["mdp_id"] for r in read(spark, str(tmp_path / "names.parquet"), partition=window)] == ["exp-3"]
 
     def test_a_row_that_does_not_tell_its_partition_is_set_aside(self, spark, tmp_path):
         path = tmp_path / "log.jsonl"
@@ -499,11 +503,13 @@ class TestWhatCannotBeRead:
             read(spark, str(tmp_path))
 
     def test_ids_that_are_numbers_in_one_place_and_texts_in_another_are_not_made_alike(self, spark, tmp_path):
-        for name, ids in (("a", [7]), ("b", ["007"])):
-            row = {"mdp_id": ids, "sequence_number": [1], "action": ["left"]}
+        times = (datetime(2026, 1, 1), "soon")
+        for name, ids, number, time in (("a", [7], [1], times[0]), ("b", ["007"], [1.0], times[1])):
+            row = {"mdp_id": ids, "sequence_number": [1], "action": ["left"], "reward": number, "event_time": [time]}
             pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
-        with pytest.raises(StageError, match=r"column mdp_id is bigint in some files and string in others"):
-            read(spark, f"{tmp_path}/a.parquet,{tmp_path}/b.parquet")
+        log = read_log(spark, f"{tmp_path}/a.parquet,{tmp_path}/b.parquet")
+        found = {row["mdp_id"]: (row["metrics"], row[REASON]) for row in with_reason(log, JOB).collect()}
+        assert found == {"7": ({"reward": 1.0}, None), "007": ({"reward": 1.0}, "unreadable_event_time")}
 
     def test_a_column_that_only_some_files_have_is_missing_in_the_others(self, spark, tmp_path):
         for name, more in (("a", {}), ("b", {"action_probability": [0.5]})):
