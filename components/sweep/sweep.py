@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from components.training.launch import train
 from components.transitions import held_out
 from contracts import progress
 from contracts.job import JobSpec, SweepParameter, explain
-from contracts.stage import RECORD, StageError, code_version, read_record, stage, untold
+from contracts.stage import RECORD, StageError, TransientError, code_version, read_record, stage, untold
 
 TRIAL, REPORT, PAGE = "trial.json", "sweep.json", "sweep.html"
 BATCH_ROWS = 1 << 16
@@ -112,16 +113,21 @@ def try_settings(
         made = _of_trials(made)
         # Of a trial's stages, people and controllers hear nothing: it is a part of the training stage.
         with progress.silent(), untold():
-            train(
-                made, work / "features", normalization, directory / "training", part=f"-t{number}",
+            learn = functools.partial(
+                train, made, work / "features", normalization, directory / "training", part=f"-t{number}",
                 laid_out=work / "columns",
             )  # fmt: skip
+            try:
+                learn()
+            except TransientError:
+                # Workers may have been lost, or these settings are what they cannot bear.
+                learn()
             evaluate(made, work / "features", directory / "training", directory / "evaluation", last_only=True)
         report = json.loads((directory / "evaluation" / "report.json").read_text())["final"][gate.estimator]
         if "refused" in report:
             raise StageError(f"sweep: the gate's estimator {gate.estimator} is refused: {report['refused']}")
         found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
-    except StageError as error:
+    except (StageError, TransientError) as error:
         found["failed"] = str(error).splitlines()[0]
     except ValidationError as error:
         # Settings that are allowed each by itself may not go together.

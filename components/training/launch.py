@@ -69,13 +69,13 @@ def train(
     before = _set_aside(Path(output))
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
+    pod, cores, processes = pod_resource(spec), float(len(os.sched_getaffinity(0))), 1
+    if "POD_UID" in os.environ:
+        # Of its own cores: a node may have many more, and numbers must not depend on which one it is.
+        cores, processes = pod.cpu, max(1, pod.gpu)
     if scheduler == "local_cwd":
-        nodes, processes, cores = f"1x{workers.max}", workers.max, float(len(os.sched_getaffinity(0)))
-    else:
-        pod = pod_resource(spec)
-        # Of the pod's own cores: a node may have many more, and numbers must not depend on which one it is.
-        processes, cores = max(1, pod.gpu), pod.cpu
-        nodes = f"{workers.min}:{workers.max}x{processes}"
+        processes *= workers.max
+    nodes = f"1x{processes}" if scheduler == "local_cwd" else f"{workers.min}:{workers.max}x{processes}"
     threads = max(1, int(cores / processes))
     seen = at_volume_root if scheduler == "kubernetes" else str
     with (

@@ -185,8 +185,10 @@ def be_deterministic(wanted: bool = True) -> None:
 
 def computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself: where it does not, that is converted number by number."""
-    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return found
+    able = torch.cpu.get_capabilities()
+    if able["architecture"] == "x86_64":
+        return bool(able["avx512_bf16"] or able["amx_bf16"])
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def keep_memory() -> None:
@@ -217,8 +219,8 @@ def run_worker(
     torch.manual_seed(spec.seed)
     if rank == 0 and spec.training.precision == "bfloat16" and device == CPU and not computes_bfloat16():
         print(
-            "training.precision: this CPU has no instructions for bfloat16, and steps take many times as long as in "
-            "float32: leave it out",
+            "training.precision: this CPU has no instructions for bfloat16, and steps may take many times as "
+            "long as in float32: leave it out",
             file=sys.stderr, flush=True,
         )  # fmt: skip
     if spec.training.compile and (missing := missing_to_compile()):

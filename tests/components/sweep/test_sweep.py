@@ -13,7 +13,7 @@ from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
 from components.transitions import held_out
 from contracts.job import JobSpec
-from contracts.stage import StageError, read_record
+from contracts.stage import StageError, TransientError, read_record
 
 MDPS = 400
 JOB: dict[str, Any] = {
@@ -112,6 +112,25 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def ranged(trials: int, **changes: Any) -> JobSpec:
     parameters = {"algorithm.dqn.learningRate": {"low": 1e-6, "high": 1.0, "log": True} | changes}
     return JobSpec.model_validate(JOB | {"sweep": {"trials": trials, "parameters": parameters}})
+
+
+def test_a_trial_whose_workers_are_lost_is_tried_once_more(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains, rates = module.train, []
+
+    def train(spec: JobSpec, *arguments: Any, **more: Any) -> None:
+        rates.append(spec.algorithm.learning_rate)
+        if len(rates) in (1, 3, 4):
+            raise TransientError("training: the workers ended as FAILED\n  look there")
+        trains(spec, *arguments, **more)
+
+    monkeypatch.setattr(module, "train", train)
+    spec = ranged(3, low=1e-3)
+    _, tried = search(spec, stages / "features", stages / "normalization", tmp_path / "work")
+    lost = "training: the workers ended as FAILED"
+    assert [trial["failed"] for trial in tried] == ["training diverges", lost, None]
+    assert rates[0] == rates[1] != rates[2] == rates[3] != rates[4]
 
 
 def test_a_range_is_searched_where_it_pays(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:

@@ -161,7 +161,14 @@ def test_failed_workers_are_explained_in_their_own_words(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("resources", "nodes", "threads"),
-    [({"cpu": "8"}, "1:2x1", "8"), ({"cpu": "8", "gpus": 4}, "1:2x4", "2"), ({"cpu": "500m"}, "1:2x1", "1")],
+    [
+        ({"cpu": "8"}, "1:2x1", "8"),
+        ({"cpu": "8", "gpus": 4}, "1:2x4", "2"),
+        ({"cpu": "500m"}, "1:2x1", "1"),
+        # In the stage's own pod.
+        ({"cpu": "8"}, "1x2", "4"),
+        ({"cpu": "8", "gpus": 2}, "1x4", "2"),
+    ],
 )
 def test_a_pod_has_a_process_for_each_gpu_and_threads_for_its_own_cores(
     small_log: SmallLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], nodes: str,
@@ -176,8 +183,9 @@ def test_a_pod_has_a_process_for_each_gpu_and_threads_for_its_own_cores(
 
     spec, stages = small_log(workers=2)
     training = spec.training.model_copy(update={"resources": Resources.model_validate(resources)})
-    monkeypatch.setenv(launch.SCHEDULER_VARIABLE, "bluewhale")
-    monkeypatch.setenv("BLUEWHALE_TRAINING_IMAGE", "image")
+    if ":" in nodes:
+        monkeypatch.setenv(launch.SCHEDULER_VARIABLE, "bluewhale")
+        monkeypatch.setenv("BLUEWHALE_TRAINING_IMAGE", "image")
     monkeypatch.setattr(launch, "get_runner", lambda: contextlib.nullcontext(Refusing()))
     with pytest.raises(TransientError, match="seen"):
         launch.train(spec.model_copy(update={"training": training}), *stages, tmp_path / "policy")
