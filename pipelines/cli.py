@@ -106,22 +106,11 @@ def _job_command(name: str, example: str = "") -> Callable[[Callable[..., Any]],
     return wrap
 
 
-def _policy(_: click.Context, __: click.Parameter, given: str) -> str:
-    """Where a policy bundle really is: `runs/` links to it, and links to the next one later."""
-    if not given:
-        return ""
-    from components.training.bundle import DESCRIPTION
-
-    if not (Path(given) / DESCRIPTION).is_file():
-        raise click.BadParameter(f"{given}: no policy bundle there, which has a {DESCRIPTION}")
-    return str(Path(given).resolve())
-
-
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 
 
 _warm_start = click.option(
-    "--warm-start", metavar="POLICY", default="", callback=_policy,
+    "--warm-start", metavar="POLICY", default="",
     help="Begin with the weights of this policy bundle, as runs/yesterday/training/policy.",
 )  # fmt: skip
 
@@ -132,13 +121,13 @@ _warm_start = click.option(
 def run(run: Run, as_json: bool, warm_start: str) -> None:
     """Run the whole job, or what of it is not finished, and write result.json and report.html."""
     from contracts.stage import alone
-    from pipelines.local import run_job
+    from pipelines.local import kept_policy, run_job
 
     started = time.time()
     try:
         with alone(run.directory), Display(console) as display:
             reaper.succeed(run.directory)
-            code = run_job(run, display, warm_start)
+            code = run_job(run, display, kept_policy(run, warm_start))
     finally:
         if as_json and run.result:
             click.echo(json.dumps(run.result, indent=2))
@@ -248,8 +237,11 @@ def train(run: Run, warm_start: str) -> None:
     else:
         from components.training.launch import train as launch
 
+    from pipelines.local import kept_policy
+
     with _shown(run, "training"):
-        launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"), warm_start)
+        begin = kept_policy(run, warm_start)
+        launch(run.job.spec, run.path("features"), run.path("normalization"), run.path("training"), begin)
 
 
 @_job_command("evaluate")

@@ -196,6 +196,22 @@ def train_and_evaluate(run: Run, display: Display, warm_start: str = "") -> None
         display.finish(stage, record["seconds"], cached=stage not in output.executed)
 
 
+def kept_policy(run: Run, given: str) -> str:
+    """A copy of a policy bundle in the run's directory, named by its digest: what is given may be what the run writes
+    anew, or another policy tomorrow. Empty where nothing is given; raises `StageError` where no bundle is."""
+    if not given:
+        return ""
+    from components.training.bundle import read_bundle
+
+    place = run.directory.absolute() / "warm_start" / read_bundle(given).digest[:12]
+    if not place.exists():
+        draft = place.with_name(f".{place.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(given, draft)
+        draft.rename(place)
+    return str(place)
+
+
 def broken_off_trainings(root: Path) -> list[str]:
     """Where the trainings since the last finished one are, the last first: KFP has a new place for each attempt."""
     attempts = sorted(root.glob("*/training"), reverse=True)
@@ -298,7 +314,8 @@ def collect(run: Run) -> None:
     if record := run.record("timeline"):
         result["timeline"] = {k: record[k] for k in ("rows_in", "rows_out", "rows_quarantined", "reasons", "mdps")}
     if record := run.record("training"):
-        result["training"] = {k: record[k] for k in ("digest", "weights_digest", "transitions", "workers", "epochs")}
+        told = ("digest", "weights_digest", "transitions", "workers", "epochs", "warm_start")
+        result["training"] = {k: record[k] for k in told}
     report = run.path("evaluation") / "report.json"
     if run.record("evaluation") and "evaluation" not in result:
         document = json.loads(report.read_text())

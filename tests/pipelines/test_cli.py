@@ -87,8 +87,8 @@ def test_the_results_tables_are_printed(run):
 @pytest.mark.parametrize("command", ["run", "train"])
 def test_a_warm_start_wants_a_policy(run, command):
     done = run(command, EXAMPLE, "--warm-start", "yesterday")
-    assert done.exit_code == 2
-    assert "yesterday: no policy bundle there, which has a bundle.json" in done.stderr
+    assert done.exit_code == 1
+    assert "yesterday: no policy bundle here (bundle.json is missing)" in done.stderr
 
 
 def test_an_environment_that_cannot_be_played_is_refused(run):
