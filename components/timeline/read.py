@@ -50,7 +50,7 @@ OURS = (
 OUR_PREFIXES = (STATE_PREFIX, NEXT_STATE_PREFIX, ACTION_PREFIX, "returns_", "quarantine_", "_")
 """Names that the stage gives to columns, so that a join key of the log cannot have them."""
 _STRINGS = T.MapType(T.StringType(), T.StringType())
-_TEXTS = ("string", _STRINGS.simpleString())
+_NAMED_TEXTS = _STRINGS.simpleString()
 
 
 def read_log(spark: SparkSession, path: str, data: Data | None = None, action_space: str = "discrete") -> DataFrame:
@@ -288,7 +288,9 @@ def _union(frames: list[DataFrame]) -> DataFrame:
     found: dict[str, set[str]] = {}
     for name, kind in (pair for frame in frames for pair in frame.dtypes):
         found.setdefault(name, set()).add(kind)
-    texts = {name: kind for name, kinds in found.items() for kind in _TEXTS if len(kinds) > 1 and kind in kinds}
+    shapes = {name: {kind.partition("<")[0] for kind in kinds} for name, kinds in found.items() if len(kinds) > 1}
+    texts = {name: "string" for name, of in shapes.items() if "string" in of and not of & {"struct", "array", "map"}}
+    texts |= {name: _NAMED_TEXTS for name, of in shapes.items() if of == {"map"} and _NAMED_TEXTS in found[name]}
 
     def read_alike(frame: DataFrame) -> DataFrame:
         columns = [
