@@ -69,8 +69,9 @@ def train(
     before = _set_aside(Path(output))
     scheduler = os.environ.get(SCHEDULER_VARIABLE) or "local_cwd"
     workers = spec.training.workers
-    pod, cores, processes = pod_resource(spec), float(len(os.sched_getaffinity(0))), 1
+    cores, processes = float(len(os.sched_getaffinity(0))), 1
     if "POD_UID" in os.environ:
+        pod = pod_resource(spec)
         # Of its own cores: a node may have many more, and numbers must not depend on which one it is.
         cores, processes = pod.cpu, max(1, pod.gpu)
     if scheduler == "local_cwd":
@@ -107,7 +108,7 @@ def train(
         else:
             cfg = cluster_config(spec, scheduler, part)
             app.roles[0].image = os.environ["BLUEWHALE_TRAINING_IMAGE"]
-            app.roles[0].resource = pod
+            app.roles[0].resource = pod_resource(spec)
             if scheduler == "kubernetes":
                 app.roles[0].mounts = [VolumeMount(v["claimName"], v["mountPath"]) for v in _volumes() if whole(v)]
             where = f"look at the pods of {cfg.get('job_name', app.name)}"
