@@ -87,6 +87,18 @@ class Columns(Model):
     policy_version: str | None = Field(None, description="Column of the policy that acted.")
 
 
+class OutcomeColumns(Model):
+    """The outcomes' own names of columns, where they are others than ours."""
+
+    mdp_id: str | None = Field(None, description="Column of the MDP's id.")
+    sequence_number: str | None = Field(None, description="Column of the decision's place in its MDP, as in the log.")
+    event_time: str | None = Field(None, description="Column of the time at which the outcome was reported.")
+    metrics: str | None = Field(None, description="Column of the metrics, a map of numbers.")
+    reward: str | None = Field(None, description="Column of a number that is taken as the metric `reward`.")
+    truncated: str | None = Field(None, description="Column that tells whether the MDP was cut off after the step.")
+    ended: str | None = Field(None, description="Column that tells whether the step was its MDP's last.")
+
+
 class Partition(Model):
     """The partitions of a log to read, both ends included, compared as text; of a day like 2026-01-31 all hours."""
 
@@ -158,6 +170,9 @@ class Features(Model):
         return self
 
 
+Format = Literal["auto", "parquet", "json", "csv", "orc", "table"]
+
+
 class Data(Model):
     """The logged decisions, and what of them is used."""
 
@@ -166,7 +181,7 @@ class Data(Model):
         description="Path, glob or object-store URI of the decision log; several are separated by commas. Left out "
         "when a simulation makes it.",
     )
-    format: Literal["auto", "parquet", "json", "csv", "orc", "table"] = Field(
+    format: Format = Field(
         "auto",
         description="How the log is stored: by its files' suffixes, else Parquet; `json` means JSON lines, `table` a "
         "name in Spark's catalog.",
@@ -177,8 +192,12 @@ class Data(Model):
     )
     partition: Partition | None = Field(None, description="Read only these partitions; all when left out.")
     outcomes: str | None = Field(
-        None, description="Path of metrics reported after the decision, joined by its key; in any of the log's formats."
+        None,
+        description="Path, or name of a table, of metrics reported after the decision, joined by its key; in any of "
+        "the log's formats.",
     )
+    outcome_format: Format = Field("auto", description="How the outcomes are stored, as `format` says of the log.")
+    outcome_columns: OutcomeColumns = OutcomeColumns()
     outcome_wait_seconds: int | None = Field(
         None, ge=0, description="An outcome reported later than this after its decision is not used, but counted."
     )
@@ -212,9 +231,8 @@ class Data(Model):
 
     def placed(self, root: str | PurePath) -> Data:
         """The same with its relative paths below `root`; a table's name is no path."""
-        paths = {name: getattr(self, name) for name in ("decision_log", "outcomes")}
-        if self.format == "table":
-            del paths["decision_log"]
+        formats = {"decision_log": self.format, "outcomes": self.outcome_format}
+        paths = {name: getattr(self, name) for name, form in formats.items() if form != "table"}
         changed: dict[str, Any] = {name: place_paths(text, root) for name, text in paths.items() if text}
         if self.features.repository:
             changed["features"] = self.features.model_copy(

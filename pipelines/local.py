@@ -142,9 +142,12 @@ def train_and_evaluate(run: Run, display: Display, warm_start: str = "") -> None
     settings = run.job.spec.data.placed(Path.cwd())
     decision_log = settings.decision_log or str(Path(run.decision_log).absolute())
     data = features_of(settings)
-    named = "" if settings.format == "table" else decision_log
-    for name, text in (("decisionLog", named), ("outcomes", settings.outcomes or "")):
-        for path in split_paths(text):
+    inputs = (
+        ("decisionLog", settings.format, decision_log),
+        ("outcomes", settings.outcome_format, settings.outcomes or ""),
+    )
+    for name, form, text in inputs:
+        for path in split_paths(text) if form != "table" else []:
             # What lies elsewhere stands for itself by its name.
             found = [] if "://" in path else sorted(map(Path, glob.glob(path)))
             if not found and "://" not in path:

@@ -23,7 +23,7 @@ def join_outcomes(
     """
     data = data or Data()
     wait_seconds = data.outcome_wait_seconds
-    outcomes = read_outcomes(spark, path, counted_in_millionths(log)).drop(AS_IT_WAS).cache()
+    outcomes = read_outcomes(spark, path, data, counted_in_millionths(log)).drop(AS_IT_WAS).cache()
     readable = outcomes.where(F.col(UNREADABLE).isNull()).drop(UNREADABLE)
     decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
     matched = readable.join(decided, ["mdp_id", "sequence_number"])
@@ -35,8 +35,9 @@ def join_outcomes(
     reports, fine = outcomes.count(), readable.count()
     if wait_seconds is not None and fine and readable.where(F.col("event_time").isNotNull()).isEmpty():
         raise StageError(
-            f"data.outcomeWaitSeconds: no outcome of {path} says when it came, in a column event_time; have it "
-            "written, or use all outcomes"
+            f"data.outcomeWaitSeconds: no outcome of {path} says when it came, in its column "
+            f"{data.outcome_columns.event_time or 'event_time'}; have it written, name it in "
+            "data.outcomeColumns.eventTime, or use all outcomes"
         )
     found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
     counts = {
@@ -79,7 +80,7 @@ def join_outcomes(
         ):
             raise StageError(
                 f"data.lastStep column: neither the log nor {path} tells of last steps, by truncated or ended: "
-                "have it written, or say terminal or truncated"
+                "have it written, name it in data.columns or data.outcomeColumns, or say terminal or truncated"
             )
         # Nobody tells of ends: the job's lastStep decides.
         return joined.select(*log.columns), counts

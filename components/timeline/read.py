@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,8 +20,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from contracts.decision_log import OUTCOMES_SCHEMA, SCHEMA, schema, spark_ddl
-from contracts.job import REWARD, Data, Partition, split_paths
+from contracts.decision_log import OUTCOMES_SCHEMA, schema, spark_ddl
+from contracts.job import REWARD, Columns, Data, OutcomeColumns, Partition, split_paths
 from contracts.stage import StageError, TransientError
 from contracts.transitions import ACTION_PREFIX, NEXT_STATE_PREFIX, STATE_PREFIX
 
@@ -66,20 +67,19 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     """
     data = data or Data()
     wanted = spark_schema(schema(action_space))
-    raw = _load(spark, path, data, "data.decisionLog", wanted)
+    names = _names(data.columns, wanted)
+    others = [names[REWARD], "ds", *data.state_columns, *data.features.keys]
+    if data.partition:
+        others.append(data.partition.column)
+    raw = _load(spark, path, data.format, "data.decisionLog", _json_schema(names, wanted, others))
     if data.partition:
         name = data.partition.column
         if name not in (there := _there(raw, [name])):
             raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
         raw = raw.where(_within(data.partition))
-    names = _names(data)
-    given = [names[ours] for ours in names if ours in REQUIRED or getattr(data.columns, ours)]
-    there = _there(raw, [*given, *data.state_columns, *data.features.keys])
-    for ours, theirs in names.items():
-        given_name = getattr(data.columns, ours)
-        if theirs not in there and (ours in REQUIRED or given_name):
-            by = f" (data.columns.{to_camel(ours)})" if given_name else ""
-            raise StageError(f"data.decisionLog {path}: column {theirs}{by} is missing; found {_found(there)}")
+    wished = _wished(data.columns, names, REQUIRED)
+    there = _there(raw, [*wished.values(), *data.state_columns, *data.features.keys])
+    known = _known(names, there, wished, data.columns, f"data.decisionLog {path}", "data.columns")
     if missing := [name for name in data.state_columns if name not in there]:
         raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(there)}")
     if missing := [name for name in data.features.keys if name not in there]:
@@ -87,7 +87,6 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     taken = {*wanted.names, *OURS}
     if clash := [k for k in data.features.keys if k in taken or k.startswith(OUR_PREFIXES)]:
         raise StageError(f"data.features.keys: {clash[0]} is the name of a column of ours; rename the join key")
-    known = {ours: theirs for ours, theirs in names.items() if theirs in there}
     if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
         del known["event_time"]
     if "event_time" not in known:
@@ -121,24 +120,45 @@ def counted_in_millionths(log: DataFrame) -> bool:
     return bool(log.schema["sequence_number"].metadata)
 
 
-def read_outcomes(spark: SparkSession, path: str, in_millionths: bool = False) -> DataFrame:
+def read_outcomes(spark: SparkSession, path: str, data: Data | None = None, in_millionths: bool = False) -> DataFrame:
     """The outcomes at `path`, in any of the log's formats, with their contract's columns and the same two notes.
 
-    Their sequence numbers are read as the log's are.
+    Their sequence numbers are read as the log's are. Raises `StageError` as `read_log` does.
     """
+    data = data or Data()
     wanted = spark_schema(OUTCOMES_SCHEMA)
-    raw = _load(spark, path, Data(), "data.outcomes", wanted)
-    there = _there(raw, ["mdp_id", "sequence_number"])
-    for required in ("mdp_id", "sequence_number"):
-        if required not in there:
-            raise StageError(f"data.outcomes {path}: column {required} is missing; found {_found(there)}")
-    known = {name: name for name in (*OUTCOMES_SCHEMA.names, REWARD) if name in there}
+    names = _names(data.outcome_columns, wanted)
+    raw = _load(spark, path, data.outcome_format, "data.outcomes", _json_schema(names, wanted, [names[REWARD]]))
+    wished = _wished(data.outcome_columns, names, ("mdp_id", "sequence_number"))
+    there = _there(raw, [*wished.values()])
+    known = _known(names, there, wished, data.outcome_columns, f"data.outcomes {path}", "data.outcomeColumns")
     return _conform(raw, known, wanted, Data(), in_millionths)
 
 
-def _names(data: Data) -> dict[str, str]:
-    """The log's names of the contract's columns."""
-    return {name: getattr(data.columns, name) or name for name in (*SCHEMA.names, REWARD)}
+def _names(columns: Columns | OutcomeColumns, wanted: T.StructType) -> dict[str, str]:
+    """Their own names of the contract's columns."""
+    return {name: getattr(columns, name) or name for name in (*wanted.names, REWARD)}
+
+
+def _wished(columns: Columns | OutcomeColumns, names: dict[str, str], required: Sequence[str]) -> dict[str, str]:
+    """Those of the names that must be there: of the `required` columns, and of those that the job names itself."""
+    return {ours: theirs for ours, theirs in names.items() if ours in required or getattr(columns, ours)}
+
+
+def _known(
+    names: dict[str, str],
+    there: list[str],
+    wished: dict[str, str],
+    columns: Columns | OutcomeColumns,
+    whose: str,
+    field: str,
+) -> dict[str, str]:
+    """Those of the names that are there."""
+    for ours, theirs in wished.items():
+        if theirs not in there:
+            by = f" ({field}.{to_camel(ours)})" if getattr(columns, ours) else ""
+            raise StageError(f"{whose}: column {theirs}{by} is missing; found {_found(there)}")
+    return {ours: theirs for ours, theirs in names.items() if theirs in there}
 
 
 def spark_schema(contract: pa.Schema) -> T.StructType:
@@ -178,10 +198,9 @@ def _has_fractions(raw: DataFrame, column: str) -> bool:
     return sum(map(bool, fractions)) > FRACTIONS * len(fractions)
 
 
-def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.StructType) -> DataFrame:
-    """The rows as they lie."""
-    paths = split_paths(text)
-    form: str = data.format
+def _load(spark: SparkSession, text: str, form: str, field: str, of_json: T.StructType) -> DataFrame:
+    """The rows as they lie; JSON lines with the columns `of_json`."""
+    paths, given = split_paths(text), form
     if form == "table":
         for name in paths:
             if not spark.catalog.tableExists(name):
@@ -203,8 +222,8 @@ def _load(spark: SparkSession, text: str, data: Data, field: str, wanted: T.Stru
             raise StageError(_several(field, text, other, told[other], form))
     try:
         # Each by itself: partitions of several roots have nothing in common for Spark to find.
-        whole = _union([_load_one(spark, path, form, data, wanted) for path in paths])
-        if data.format == "auto":
+        whole = _union([_load_one(spark, path, form, of_json) for path in paths])
+        if given == "auto":
             for file in whole.inputFiles():
                 if (found := _form_of(unquote(file))) not in (form, ""):
                     raise StageError(_several(field, text, unquote(file), found, form))
@@ -225,11 +244,11 @@ def _several(field: str, text: str, path: str, found: str, form: str) -> str:
     return f"{field} {text}: {path} is {found}, and other files are {form}: keep one format, or write them anew in one"
 
 
-def _load_one(spark: SparkSession, path: str, form: str, data: Data, wanted: T.StructType) -> DataFrame:
+def _load_one(spark: SparkSession, path: str, form: str, of_json: T.StructType) -> DataFrame:
     root = _root(spark, path)
     options = {"basePath": root} if root else {}
     if form == "json":
-        return _load_json(spark, path, options, _json_schema(data, wanted))
+        return _load_json(spark, path, options, of_json)
     if form == "csv":
         return _load_csv(spark, path, options)
     return spark.read.options(**options, mergeSchema=True).format(form).load(path)
@@ -315,17 +334,13 @@ def _root(spark: SparkSession, path: str) -> str:
     return root if all(status.isDirectory() for status in _statuses(spark, root)) else ""
 
 
-def _json_schema(data: Data, wanted: T.StructType) -> T.StructType:
+def _json_schema(names: dict[str, str], wanted: T.StructType, others: list[str]) -> T.StructType:
     """Every column by its text, but for maps of numbers: what is none of its type is told apart later."""
-    names = {name: name for name in wanted.names} | _names(data)
     columns = {
         names[field.name]: field.dataType if _holds_numbers(field.dataType) else _as_text(field.dataType)
         for field in wanted
     }
-    more = [names[REWARD], "ds", *data.state_columns, *data.features.keys]
-    if data.partition:
-        more.append(data.partition.column)
-    columns |= {name: T.StringType() for name in more}
+    columns |= {name: T.StringType() for name in others}
     return T.StructType([T.StructField(name, kind) for name, kind in columns.items()])
 
 

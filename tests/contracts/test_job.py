@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
+from contracts.job import Data, JobError, JobSpec, RLTrainingJob, load_job
 
 EXAMPLES = Path(__file__).parents[2] / "manifests" / "examples"
 
@@ -299,3 +299,16 @@ def test_a_gate_on_a_policy_over_numbers_needs_an_estimator_without_propensities
     else:
         with pytest.raises(ValidationError, match="has no propensities: set sequential_direct_method"):
             RLTrainingJob.model_validate(job)
+
+
+@pytest.mark.parametrize(
+    ("formats", "placed"),
+    [
+        ({}, ("/root/log", "/root/late")),
+        ({"format": "table"}, ("log", "/root/late")),
+        ({"outcomeFormat": "table"}, ("/root/log", "late")),
+    ],
+)
+def test_a_table_s_name_is_no_path(formats: dict[str, str], placed: tuple[str, str]) -> None:
+    found = Data.model_validate({"decisionLog": "log", "outcomes": "late"} | formats).placed("/root")
+    assert (found.decision_log, found.outcomes) == placed

@@ -517,6 +517,43 @@ class TestWhatCannotBeRead:
             pq.write_table(pa.table(row), tmp_path / f"{name}.parquet")
         assert [row["action_probability"] for row in read(spark, str(tmp_path))] == [None, 0.5]
 
+    @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "table"])
+    def test_outcomes_may_have_names_of_their_own(self, spark, tmp_path, form):
+        log = read_log(spark, jsonl(tmp_path / "log.jsonl", ROW, ROW | {"mdp_id": "8"}))
+        rows = [{"user": "7", "place": 3, "paid": 9.5, "left_us": True}, {"user": "9", "place": 3, "paid": 1.0}]
+        path = str(tmp_path / f"outcomes.{form}")
+        if form == "jsonl":
+            jsonl(tmp_path / "outcomes.jsonl", *rows)
+        elif form == "csv":
+            Path(path).write_text("user,place,paid,left_us\n7,3,9.5,true\n9,3,1.0,\n")
+        elif form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path = "outcomes_table"
+            spark.createDataFrame(rows).createOrReplaceTempView(path)
+        columns = {"mdpId": "user", "sequenceNumber": "place", "reward": "paid", "ended": "left_us"}
+        stored = {"outcomeFormat": "table"} if form == "table" else {}
+        joined, counts = join_outcomes(spark, log, path, Data(outcomeColumns=columns, **stored))
+        assert counts == {"reports": 2, "unparsable": 0, "unmatched": 1, "late": 0, "open": 0}
+        found = {row["mdp_id"]: (row["metrics"], row["ended"]) for row in joined.collect()}
+        assert found == {"7": ({"clicks": 2.0, "reward": 9.5}, True), "8": ({"clicks": 2.0}, False)}
+
+    @pytest.mark.parametrize(
+        ("columns", "said"),
+        [
+            ({"reward": "payed"}, r"column payed \(data\.outcomeColumns\.reward\) is missing; found mdp_id, seq"),
+            ({"mdpId": "user"}, r"column user \(data\.outcomeColumns\.mdpId\) is missing"),
+            (
+                {"sequenceNumber": "event_time"},
+                r"column event_time \(data\.outcomeColumns\.sequenceNumber\) is missing",
+            ),
+        ],
+    )
+    def test_outcomes_without_a_column_that_the_job_names_are_refused(self, spark, tmp_path, columns, said):
+        path = jsonl(tmp_path / "outcomes.jsonl", {"mdp_id": "7", "sequence_number": 3, "paid": 1.0})
+        with pytest.raises(StageError, match=said):
+            read_outcomes(spark, path, Data(outcomeColumns=columns))
+
     def test_outcomes_without_a_key_are_refused(self, spark, tmp_path):
         pq.write_table(pa.table({"mdp_id": ["a"]}), tmp_path / "outcomes.parquet")
         with pytest.raises(StageError, match=r"data\.outcomes .*: column sequence_number is missing"):
