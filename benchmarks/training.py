@@ -110,8 +110,8 @@ def ours(data: Store, features: int, batch: int, precision: str, compiled: bool,
 
     def step() -> None:
         be_deterministic()
-        if epoch := next(steps):
-            save_checkpoint(trainer, epoch, directory / "checkpoints")
+        if done := next(steps):
+            save_checkpoint(trainer, done, directory / "checkpoints")
 
     return step
 

@@ -583,6 +583,12 @@ class Training(Model):
     steps_per_epoch: int | None = Field(
         None, ge=1, description="Optimizer steps per epoch; one pass over the data when left out."
     )
+    checkpoint_seconds: int = Field(
+        300,
+        ge=0,
+        description="A checkpoint is written after each epoch, and within a long one when the last is so old: at the "
+        "first look (after 50 steps or 102,400 transitions, whichever are more) from then on.",
+    )
     batch_size: int = Field(512, ge=1, description="Transitions per optimizer step, over all workers together.")
     reward_clip: Bounds | None = Field(
         None, description="Learn from rewards held between these; evaluation judges by what was logged."

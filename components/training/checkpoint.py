@@ -1,4 +1,4 @@
-"""What training needs to go on after an epoch, in files that cannot run code and are whole or not there.
+"""What training needs to go on after a step, in files that cannot run code and are whole or not there.
 
 A directory holds the last two checkpoints, each a directory of its own that is renamed into place when it is written.
 One that is not what was written is passed over for the one before. torch.distributed.checkpoint writes and reads them,
@@ -30,16 +30,16 @@ DESCRIPTION = "checkpoint.json"
 KEPT = 2
 
 
-def save_checkpoint(trainer: Trainer, epoch: int, directory: Path) -> None:
-    """Keep the trainer's state as that after an epoch: in its place at once, or not at all."""
-    place = directory / f"{epoch:06d}"
+def save_checkpoint(trainer: Trainer, step: int, directory: Path) -> None:
+    """Keep the trainer's state as that after a step: in its place at once, or not at all."""
+    place = directory / f"{step:012d}"
     draft = directory / f".{place.name}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     with _alone():
         save(dict(trainer.state()), storage_writer=HuggingFaceStorageWriter(str(draft)), no_dist=True)
     with (draft / DESCRIPTION).open("w") as file:
-        json.dump({"epoch": epoch, "digest": _digest(draft)}, file)
+        json.dump({"step": step, "digest": _digest(draft)}, file)
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(place, ignore_errors=True)
@@ -49,7 +49,7 @@ def save_checkpoint(trainer: Trainer, epoch: int, directory: Path) -> None:
 
 
 def load_checkpoint(trainer: Trainer, directory: Path) -> int:
-    """Take up the newest checkpoint that is whole; returns its epoch, 0 where there is none."""
+    """Take up the newest checkpoint that is whole; returns its step, 0 where there is none."""
     for place in _checkpoints(directory):
         try:
             description = json.loads((place / DESCRIPTION).read_text())
@@ -63,11 +63,12 @@ def load_checkpoint(trainer: Trainer, directory: Path) -> int:
             }
             with _alone():
                 load(state, storage_reader=reader, no_dist=True)
+            step = int(description["step"])
             trainer.load_state(state)
         except (OSError, ValueError, KeyError) as error:
             print(f"{place}: this checkpoint is passed over: {error}", file=sys.stderr, flush=True)
             continue
-        return int(description["epoch"])
+        return step
     return 0
 
 

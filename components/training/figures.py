@@ -108,15 +108,15 @@ class Figures:
         self.losses.close()
 
 
-def forget_after(directory: Path, epoch: int) -> None:
-    """Take the lines of later epochs from `losses.jsonl`, as well as one that was cut off."""
+def forget_after(directory: Path, step: int) -> None:
+    """Take the lines of later steps from `losses.jsonl`, as well as one that was cut off."""
     losses = directory / LOSSES
     lines = losses.read_text().splitlines(keepends=True) if losses.exists() else []
-    losses.write_text("".join(line for line in lines if _epoch(line) <= epoch))
+    losses.write_text("".join(line for line in lines if _step(line) <= step))
 
 
-def _epoch(line: str) -> float:
+def _step(line: str) -> float:
     try:
-        return float(json.loads(line)["epoch"])
+        return float(json.loads(line)["step"])
     except ValueError:
         return float("inf")

@@ -62,8 +62,8 @@ def train(
     BLUEWHALE_TRAINING_SCHEDULER names a TorchX scheduler of a cluster; in a pod with GPUs, a process for each. With
     `warm_start`, the directory of a policy bundle, they begin with its weights. What is `known` besides is put into the
     stage's record. A stage that trains more than once names each `part` in a few letters, and may have `laid_out` the
-    features' columns for all. Where the same training was broken off at `output`, it goes on after the last epoch that
-    was finished.
+    features' columns for all. Where the same training was broken off at `output`, it goes on after its
+    last checkpoint.
     """
     read_record(features), read_record(normalization)
     before = _set_aside(Path(output))
@@ -90,7 +90,8 @@ def train(
         files = sorted(Path(normalization).glob("*spec.json"))
         files += Path(warm_start).glob(DESCRIPTION) if warm_start else []
         texts = [file.read_text() for file in files]
-        _take_up(before, directory, [spec.model_dump_json(), digest, *texts, code_version()])
+        deciding = spec.model_dump_json(exclude={"training": {"checkpoint_seconds"}})
+        _take_up(before, directory, [deciding, digest, *texts, code_version()])
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,20 @@ def average_gradients(share: float, gradients: list[Tensor]) -> list[Tensor]:
     return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
+def work_together(trainer: Trainer, share: float, compiled: bool = False) -> None:
+    """Let the trainer step by the whole batch's gradients, of which this worker has `share`."""
+    if compiled:
+        trainer.average = functools.partial(average_gradients, share)
+    elif trainer.optimizer:
+        # An actor that moves every few steps has no gradient in the others.
+        delayed = isinstance(trainer.learner, TD3Learner)
+        distributed = DistributedDataParallel(
+            trainer.learner, forward_sync_buffers=False, find_unused_parameters=delayed
+        )
+        distributed.register_comm_hook(share, whole_batch_gradients)
+        trainer.call = distributed
+
+
 @record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -211,7 +226,7 @@ def run_worker(
 ) -> None:
     """Train `spec.training.epochs` epochs and write `epochs/NN`, `policy`, `losses.jsonl` and `tensorboard`.
 
-    Workers that are started again, as many or not, go on after the last epoch that was finished.
+    Workers that are started again, as many or not, go on after the step of the last checkpoint.
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     keep_memory()
@@ -254,22 +269,17 @@ def run_worker(
         learner.catch_up()
     elif warm_start:
         print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
-    finished = load_checkpoint(trainer, output / CHECKPOINTS)
-    check_alike(trainer, finished, device)
+    done = load_checkpoint(trainer, output / CHECKPOINTS)
+    check_alike(trainer, done, device)
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
     given, epochs = spec.training.steps_per_epoch, spec.training.epochs
     ends = [given * epoch for epoch in range(1, epochs + 1)] if given else shuffled.ends(epochs)
+    epoch = bisect_right(ends, done)
     shared.share(shuffled.first, shuffled.end, spec.training.batch_size, lists=actions.described is not None)
-    part = shuffled.share / spec.training.batch_size
-    if spec.training.compile and workers > 1:
-        trainer.average = functools.partial(average_gradients, part)
-    elif trainer.optimizer and workers > 1:
-        # An actor that moves every few steps has no gradient in the others.
-        delayed = isinstance(learner, TD3Learner)
-        distributed = DistributedDataParallel(learner, forward_sync_buffers=False, find_unused_parameters=delayed)
-        distributed.register_comm_hook(part, whole_batch_gradients)
-        trainer.call = distributed
-    _clear_up(output, rank, finished, epochs)
+    if workers > 1:
+        work_together(trainer, shuffled.share / spec.training.batch_size, spec.training.compile)
+    if rank == 0:
+        _clear_up(output, done, epoch, epochs)
     probe = probe_rows(usable, data)
     provenance = {
         "seed": spec.seed,
@@ -288,7 +298,6 @@ def run_worker(
     )
     with torch.no_grad():
         probed = store.batch(torch.from_numpy(probe))
-    done = ends[finished - 1] if finished else 0
     figures = None
     if rank == 0:
         sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
@@ -296,16 +305,25 @@ def run_worker(
         figures = Figures(output, learner, probed, torch.from_numpy(monte_carlo).to(device), actions, first=done + 1)
     check = functools.partial(check_converges, most=most, advice=advice)
     batches = store.batches(shuffled, done, ends[-1])
-    for epoch in learn(trainer, batches, done, ends, spec.training.batch_size, figures, check):
-        if epoch and rank == 0:
-            learner.settle()
-            last = epoch == epochs
-            for directory in [output / "epochs" / f"{epoch:03d}"] + ([output / "policy"] if last else []):
-                write_bundle(
-                    directory, network, algorithm, normalization, actions, spec.export,
-                    provenance | {"epoch": epoch}, trainer.optimizer if last else None,
-                )  # fmt: skip
-            save_checkpoint(trainer, epoch, output / CHECKPOINTS)
+    kept = time.monotonic()
+
+    def due() -> bool:
+        return rank == 0 and time.monotonic() - kept >= spec.training.checkpoint_seconds
+
+    for step in filter(None, learn(trainer, batches, done, ends, spec.training.batch_size, figures, check, due)):
+        ended = step == ends[epoch]
+        epoch += ended
+        if rank:
+            continue
+        learner.settle()
+        last = epoch == epochs
+        for directory in [output / "epochs" / f"{epoch:03d}"] * ended + [output / "policy"] * last:
+            write_bundle(
+                directory, network, algorithm, normalization, actions, spec.export,
+                provenance | {"epoch": epoch}, trainer.optimizer if last else None,
+            )  # fmt: skip
+        save_checkpoint(trainer, step, output / CHECKPOINTS)
+        kept = time.monotonic()
     if figures:
         figures.close()
 
@@ -318,12 +336,13 @@ def learn(
     batch_size: int,
     figures: Figures | None,
     check: Callable[..., None],
+    due: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """Take a step with each batch, and look at the figures now and then; yields the epoch that has ended with it, or 0.
+    """Take a step with each batch, and look at the figures now and then.
 
-    `ends` are the epochs' last steps, `batch_size` is that of all workers together. `check` is told of each look, as
-    `check_converges` is. What is looked at within an epoch is taken when it has come, so that nothing waits for the
-    device.
+    Yields the step where training can go on from it, else 0: with the epochs' last steps, which `ends` are, and with a
+    look after which it is `due`. `batch_size` is that of all workers together. `check` is told of each look, as
+    `check_converges` is. Otherwise a look is taken when it has come, so that nothing waits for the device.
     """
     every = max(LOOK_STEPS, LOOK_ROWS // batch_size)
     recent: list[Tensor] = []
@@ -334,19 +353,22 @@ def learn(
         loss, scores = trainer.step(batch)
         recent.append(loss)
         ended = step == ends[epoch]
+        pause = ended
         if step % every == 0 or ended:
+            # Only with a look: the next one is then of the same steps after whichever of them training goes on.
+            pause = ended or due()
             if figures:
                 means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
                 looks.append(figures.look(step, epoch + 1, ended, means))
             recent.clear()
-        while figures and looks and (ended or looks[0].is_here()):
+        while figures and looks and (pause or looks[0].is_here()):
             look = looks.popleft()
             seen = look.read()
             losses.append(seen["td_loss"])
             check(seen["q_mean"], seen["q_stddev"], losses, step=look.step)
             figures.write(look, ends[-1])
         epoch += ended
-        yield epoch * ended
+        yield step * pause
 
 
 def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
@@ -371,30 +393,31 @@ class OtherFilesError(StageError):
     """Workers have read different files, which those that are started again need not."""
 
 
-def check_alike(trainer: Trainer, finished: int, device: torch.device) -> None:
-    """Raise `OtherFilesError` when workers begin with different weights or epochs: one has read what another has not.
+def check_alike(trainer: Trainer, done: int, device: torch.device) -> None:
+    """Raise `OtherFilesError` when workers begin with different weights or steps: one has read what another has not.
 
     None goes on, and saves, before all have read.
     """
     # In the order of names: a file that is read gives its tensors in any.
     values = (value.cpu().numpy().tobytes() for _, value in sorted(trainer.state().items()))
-    mine = torch.tensor([finished, *hashlib.sha256(b"".join(values)).digest()], device=device)
+    mine = torch.tensor([done, *hashlib.sha256(b"".join(values)).digest()], device=device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     if any(not torch.equal(one, mine) for one in found):
         raise OtherFilesError(
-            f"workers begin after epochs {', '.join(str(int(one[0])) for one in found)} with different weights: they "
+            f"workers begin after steps {', '.join(str(int(one[0])) for one in found)} with different weights: they "
             "do not see the same files; the volume must be shared and consistent"
         )
 
 
-def _clear_up(output: Path, rank: int, finished: int, epochs: int) -> None:
-    """Take away what came after the epochs that are finished."""
-    if rank == 0:
-        forget_after(output, finished)
-        broken_off = [d for d in (output / "epochs").glob("*") if int(d.name) > finished]
-        for directory in broken_off + ([output / "policy"] if finished < epochs else []):
-            shutil.rmtree(directory, ignore_errors=True)
+def _clear_up(output: Path, done: int, finished: int, epochs: int) -> None:
+    """Take away what came after the steps that are done, and the epochs that are finished."""
+    forget_after(output, done)
+    # A checkpoint that was passed over must not be taken for the newest one later.
+    beyond = [d for d in (output / CHECKPOINTS).glob("[0-9]*") if int(d.name) > done]
+    broken_off = [d for d in (output / "epochs").glob("*") if int(d.name) > finished]
+    for directory in beyond + broken_off + ([output / "policy"] if finished < epochs else []):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

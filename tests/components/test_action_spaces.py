@@ -441,23 +441,10 @@ def test_a_policy_that_draws_slates_has_the_probability_that_its_graph_tells(
     np.testing.assert_allclose(planned.probability.view(len(rows), -1).sum(1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("made", "job"),
-    [
-        ("row_of_two", SLATES),
-        ("shelf", LISTS),
-        ("prices", NUMBERS | {"algorithm": {"td3Bc": {"hiddenLayers": [8]}}}),
-        ("prices", NUMBERS | {"algorithm": {"sac": {"hiddenLayers": [8]}}}),
-    ],
-    ids=lambda value: next(iter(value["algorithm"])) if isinstance(value, dict) else value,
-)
-def test_two_workers_learn_what_one_does(
-    made: str, job: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    root: Path = request.getfixturevalue(made)
-    spec = JobSpec.model_validate(job | {"training": {"batchSize": 128, "epochs": 1, "stepsPerEpoch": 30}})
+def test_two_workers_learn_what_one_does(shelf: Path, tmp_path: Path) -> None:
+    spec = JobSpec.model_validate(LISTS | {"training": {"batchSize": 128, "epochs": 1, "stepsPerEpoch": 30}})
     # Side by side: most of what they take is to begin.
-    processes = [process for n in (1, 2) for process in start(root, spec, tmp_path / str(n), n)]
+    processes = [process for n in (1, 2) for process in start(shelf, spec, tmp_path / str(n), n)]
     assert [process.wait() for process in processes] == [0] * 3
     one, two = (load_file(tmp_path / each / "policy" / "weights.safetensors") for each in ("1", "2"))
     for name, weights in one.items():

@@ -127,8 +127,12 @@ def test_the_result_says_for_programs_what_the_report_says_for_people(promoted, 
 
 def test_nothing_is_left_running(promoted, workplace):
     assert wait_until(lambda: not engines_under(workplace), 10), engines_under(workplace)
-    owners = {path.name: int(path.name.split("_")[1]) for path in Path("/dev/shm").glob("bluewhale_*")}
-    assert [name for name, owner in owners.items() if not psutil.pid_exists(owner)] == []
+
+    def forgotten():
+        owners = {path.name: int(path.name.split("_")[1]) for path in Path("/dev/shm").glob("bluewhale_*")}
+        return [name for name, owner in owners.items() if not psutil.pid_exists(owner)]
+
+    assert wait_until(lambda: not forgotten(), 10), forgotten()
 
 
 def test_the_log_that_serving_wrote_trains_the_next_policy(promoted, workplace):
@@ -245,7 +249,7 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     assert done.stderr.count("finished before") == 4, "all before training was finished at the second kill"
     assert (run / "timeline" / "stage.json").stat().st_mtime < kills[0], "and the timeline at the first"
     first, last = (run / "training" / "epochs" / f"{epoch:03d}" / "bundle.json" for epoch in (1, 3))
-    assert first.stat().st_mtime < kills[1] < last.stat().st_mtime, "training goes on after its last finished epoch"
+    assert first.stat().st_mtime < kills[1] < last.stat().st_mtime, "training goes on from its last checkpoint"
     counts = result(workplace, "broken")["timeline"]
     assert counts["rows_in"] == len(table)
     assert counts["rows_in"] == counts["rows_out"] + counts["rows_quarantined"]

@@ -55,17 +55,17 @@ def test_without_one_training_begins(tmp_path: Path) -> None:
 
 @pytest.fixture
 def three(tmp_path: Path) -> tuple[Path, list[Trainer]]:
-    """Checkpoints after three epochs, and what they were of."""
+    """Checkpoints after three steps, and what they were of."""
     made = []
-    for epoch in (1, 2, 3):
-        made.append(trainer(seed=epoch))
-        learn(made[-1], epoch)
-        save_checkpoint(made[-1], epoch, tmp_path)
+    for step in (1, 2, 3):
+        made.append(trainer(seed=step))
+        learn(made[-1], step)
+        save_checkpoint(made[-1], step, tmp_path)
     return tmp_path, made
 
 
 def test_the_last_two_are_kept(three: tuple[Path, list[Trainer]]) -> None:
-    assert sorted(path.name for path in three[0].iterdir()) == ["000002", "000003"]
+    assert sorted(path.name for path in three[0].iterdir()) == ["000000000002", "000000000003"]
 
 
 def weights(directory: Path) -> Path:
@@ -92,7 +92,7 @@ def without_description(directory: Path) -> None:
 
 
 def with_half_a_description(directory: Path) -> None:
-    (directory / DESCRIPTION).write_text('{"epoch": 3, "dig')
+    (directory / DESCRIPTION).write_text('{"step": 3, "dig')
 
 
 @pytest.mark.parametrize("harm", [torn, flipped, without_weights, without_description, with_half_a_description])
@@ -100,10 +100,10 @@ def test_one_that_is_not_what_was_written_is_passed_over(
     three: tuple[Path, list[Trainer]], capsys: pytest.CaptureFixture[str], harm: object
 ) -> None:
     directory, made = three
-    harm(directory / "000003")  # type: ignore[operator]
+    harm(directory / "000000000003")  # type: ignore[operator]
     again = trainer(seed=9)
     assert load_checkpoint(again, directory) == 2
-    assert "000003: this checkpoint is passed over" in capsys.readouterr().err
+    assert "000000000003: this checkpoint is passed over" in capsys.readouterr().err
     # The random numbers that came after the second were drawn from its own state.
     state = made[1].state()
     assert all(torch.equal(value, state[name]) for name, value in again.state().items() if name != "random")
@@ -113,7 +113,7 @@ def test_nothing_in_one_is_pickled_and_nothing_is_warned_of(tmp_path: Path, recw
     made = trainer()
     save_checkpoint(made, 1, tmp_path)
     assert load_checkpoint(made, tmp_path) == 1
-    place = tmp_path / "000001"
+    place = tmp_path / "000000000001"
     assert {path.suffix for path in place.iterdir()} == {".json", ".safetensors"}
     assert load_file(weights(place)).keys() == made.state().keys()
     assert not recwarn.list
@@ -134,7 +134,7 @@ def test_a_full_disk_is_told_of_and_leaves_the_checkpoint_before(
 
 def test_a_draft_that_a_kill_left_is_no_checkpoint(three: tuple[Path, list[Trainer]]) -> None:
     directory, _ = three
-    (directory / "000003").rename(directory / ".000004")
+    (directory / "000000000003").rename(directory / ".000000000004")
     assert load_checkpoint(trainer(), directory) == 2
     save_checkpoint(trainer(), 4, directory)
     assert load_checkpoint(trainer(), directory) == 4

@@ -90,7 +90,7 @@ def kill(agent: subprocess.Popen[bytes]) -> None:
 
 
 def finished(output: Path) -> int:
-    return max((int(path.name) for path in (output / CHECKPOINTS).glob("[0-9]*")), default=0)
+    return max((int(path.name) // STEPS for path in (output / CHECKPOINTS).glob("[0-9]*")), default=0)
 
 
 def wait_until(done: Callable[[], bool], *agents: subprocess.Popen[bytes]) -> None:

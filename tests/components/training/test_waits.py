@@ -4,27 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training import worker
-from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
 from components.training.batches import Shuffled
 from components.training.figures import Figures, Look
-from components.training.store import Offers, Store
 from components.training.trainer import Trainer
 from components.training.worker import learn
 from contracts.job import Algorithm
+from tests.components.training.every_learner import BATCH, DESCRIBED, LEARNERS, store
 
-N, BATCH = 200, 16
-DESCRIBED = NormalizationSpec(
-    inputs=["x", "y"],
-    features=[FeatureNormalization(name=n, type="continuous", how="by hand", evidence={}) for n in "xy"],
-)
 ASKING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::masked_select", "aten::_unique2",
     "aten::equal", "aten::is_nonzero", "aten::_linalg_check_errors",
@@ -51,55 +43,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def store(kind: str) -> tuple[Store, Actions]:
-    """Random transitions, each followed by the next row."""
-    rng = np.random.default_rng(0)
-    state, reward, discount = torch.randn(N, 2), torch.randn(N), torch.full((N,), 0.9)
-    following, usable = torch.arange(1, N + 1).clamp(max=N - 1), np.arange(N - 1)
-    if kind == "continuous":
-        action = torch.rand(N, 1) * 2 - 1
-        return Store(state, action, None, reward, following, discount, usable), Actions(["a"], [(0.0, 1.0)])
-    if kind == "discrete":
-        possible = torch.rand(N, 3) < 0.7
-        possible[:, 0] = True
-        action = torch.zeros(N, dtype=torch.int64)
-        return Store(state, action, possible, reward, following, discount, usable), Actions(["a", "b", "c"])
-    lengths = rng.integers(2, 9, N)
-    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
-    offers = Offers(torch.randn(30, 2), torch.from_numpy(rng.integers(30, size=lengths.sum())), offsets)
-    if kind == "parametric":
-        action = torch.ones(N, dtype=torch.int64)
-        return Store(state, action, offers, reward, following, discount, usable), Actions([], described=DESCRIBED)
-    slates, chosen = torch.tensor([[1, 0]]).expand(N, 2), torch.from_numpy(rng.integers(3, size=N))
-    filled = Store(state, slates, offers, reward, following, discount, usable, chosen=chosen)
-    return filled, Actions([], described=DESCRIBED, slate=2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "algorithm"),
-    [
-        ("discrete", {"dqn": {"dueling": True, "noisy": True}}),
-        ("discrete", {"c51": {"lowestReturn": -5.0, "highestReturn": 5.0}}),
-        ("discrete", {"qrDqn": {}}),
-        ("discrete", {"cql": {}}),
-        ("discrete", {"bcq": {}}),
-        ("discrete", {"behaviourCloning": {}}),
-        ("discrete", {"logisticBandit": {}}),
-        ("discrete", {"linUcb": {}}),
-        ("discrete", {"linearThompson": {}}),
-        ("parametric", {"dqn": {}}),
-        ("parametric", {"c51": {"lowestReturn": -5.0, "highestReturn": 5.0}}),
-        ("parametric", {"cql": {}}),
-        ("slate", {"slateQ": {}}),
-        ("slate", {"slateQ": {"nextSlate": "logged"}}),
-        ("continuous", {"ddpg": {}}),
-        ("continuous", {"td3": {}}),
-        ("continuous", {"td3Bc": {}}),
-        ("continuous", {"sac": {}}),
-        ("continuous", {"iql": {}}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "algorithm"), LEARNERS, ids=str)
 def test_neither_a_step_nor_a_look_asks_the_device(
     kind: str, algorithm: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +58,7 @@ def test_neither_a_step_nor_a_look_asks_the_device(
     with Watch() as watch:
         assert [next(steps) for _ in range(7)] == [0] * 7
     assert watch.asked == []
-    assert list(steps) == [1]
+    assert list(steps) == [8]
     assert len((tmp_path / "losses.jsonl").read_text().splitlines()) == 4
 
 
@@ -134,3 +78,17 @@ def test_looks_that_are_long_on_their_way_are_written_in_their_order(
         found.append([json.loads(line)["step"] for line in written])
     assert found == [[]] * 6 + [[2, 4, 6, 7]] * 7 + [[2, 4, 6, 7, 8, 10, 12, 14]]
     assert checked == found[-1]
+
+
+def test_where_training_can_go_on_from_all_looks_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOOK_STEPS", 2)
+    monkeypatch.setattr(worker, "LOOK_ROWS", 0)
+    monkeypatch.setattr(Look, "is_here", lambda _: False)
+    (data, actions), made, due = store("discrete"), Algorithm.model_validate({"dqn": {}}), iter([False, True, False])
+    learner = build_learner(made, build_network(made, DESCRIBED, actions))
+    figures = Figures(tmp_path, learner, data.batch(torch.arange(50)), torch.zeros(50), actions)
+    batches = data.batches(Shuffled(data.usable, BATCH, 0), 0, 7)
+    steps = learn(Trainer(learner, 1e-3), batches, 0, [7], BATCH, figures, lambda *_, **__: None, lambda: next(due))
+    assert [next(steps) for _ in range(4)] == [0, 0, 0, 4]
+    assert len((tmp_path / "losses.jsonl").read_text().splitlines()) == 2
+    assert list(steps) == [0, 0, 7]

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from components.columns import write_columns
+from components.training import worker
 from components.training.batches import Shuffled
 from components.training.trainer import missing_to_compile
 from components.training.worker import CHECKPOINTS, check_converges, rewards_to_learn_from
@@ -201,7 +202,7 @@ def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
         time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait(10) == -signal.SIGKILL
-    finished = max(int(path.name) for path in checkpoints)
+    finished = max(int(path.name) for path in checkpoints) // SPEC.training.steps_per_epoch
     assert 1 <= finished < 4
     (tmp_path / "epochs" / f"{finished + 1:03}").mkdir(exist_ok=True)  # as if it was killed while it wrote
     resumed = trained(stages, tmp_path)
@@ -212,17 +213,50 @@ def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     assert logs[0] == logs[1]
 
 
-def test_two_killed_workers_successors_end_where_they_would_have_ended(stages: Path, tmp_path: Path) -> None:
-    whole = trained(stages, tmp_path / "whole", workers=2)
-    victims = started(stages, tmp_path / "killed", workers=2)
-    while not list((tmp_path / "killed" / CHECKPOINTS).glob("[0-9]*")) and victims[0].poll() is None:
+LONG = {"batch_size": 200, "epochs": 1, "steps_per_epoch": 1500, "checkpoint_seconds": 0}
+
+
+def test_within_a_short_epoch_no_checkpoint_is_written(stages: Path, tmp_path: Path) -> None:
+    trained(stages, tmp_path, **LONG | {"checkpoint_seconds": 3600})
+    assert [place.name for place in (tmp_path / CHECKPOINTS).iterdir()] == ["000000001500"]
+
+
+def test_within_a_long_epoch_two_workers_go_on_from_the_last_checkpoint(stages: Path, tmp_path: Path) -> None:
+    whole = trained(stages, tmp_path / "whole", workers=2, **LONG)
+    output = tmp_path / "killed"
+    victims = started(stages, output, workers=2, **LONG)
+    while not list((output / CHECKPOINTS).glob("[0-9]*")) and victims[0].poll() is None:
         time.sleep(0.001)
     for victim in victims:
         victim.kill()
     assert [victim.wait(10) for victim in victims] == [-signal.SIGKILL] * 2
-    resumed = trained(stages, tmp_path / "killed", workers=2)
+    assert all(0 < int(place.name) < 1500 for place in (output / CHECKPOINTS).glob("[0-9]*"))
+    losses = output / "losses.jsonl"
+    first, *others = losses.read_text().splitlines(keepends=True)
+    losses.write_text(first.replace("{", '{"before": 1, ', 1) + "".join(others))
+    resumed = trained(stages, output, workers=2, **LONG)
     for name, weights in whole.items():
         torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
+    found, wanted = (
+        [json.loads(line) for line in (place / "losses.jsonl").read_text().splitlines()]
+        for place in (output, tmp_path / "whole")
+    )
+    assert found[0].pop("before"), "it did not begin anew"
+    assert found == wanted
+
+
+def test_what_came_after_the_checkpoint_that_training_goes_on_from_goes(tmp_path: Path) -> None:
+    """A later one that was passed over could be taken for the newest once it can be read again."""
+    for name in (f"{CHECKPOINTS}/000000000512", f"{CHECKPOINTS}/000000001024", "epochs/001", "epochs/002", "policy"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "losses.jsonl").write_text('{"step": 512}\n{"step": 700}\n{"st')
+    worker._clear_up(tmp_path, done=512, finished=1, epochs=3)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
+        f"{CHECKPOINTS}/000000000512",
+        "epochs/001",
+    ]
+    assert not (tmp_path / "policy").exists()
+    assert (tmp_path / "losses.jsonl").read_text() == '{"step": 512}\n'
 
 
 def test_workers_that_come_when_all_is_done_change_nothing(
@@ -293,27 +327,3 @@ def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
     check_converges(0.05, 0.05, [0.1], 1e-4, 50, "")
     check_converges(0.05, 0.05, [0.1], 0.0, 50, "")
-
-
-@pytest.mark.parametrize(
-    "algorithm",
-    [
-        {"bcq": {"hiddenLayers": [8]}},
-        {"cql": {"hiddenLayers": [8], "noisy": True, "steps": 2}},
-        {"behaviourCloning": {"hiddenLayers": [8]}},
-        {"linUcb": {}},
-    ],
-    ids=lambda a: next(iter(a)),
-)
-def test_each_algorithm_learns_on_two_workers_what_it_learns_on_one(
-    stages: Path, tmp_path: Path, algorithm: dict[str, Any]
-) -> None:
-    made = SPEC.model_copy(update={"algorithm": Algorithm.model_validate(algorithm)})
-    # Side by side: most of what they take is to begin.
-    processes = [process for n in (1, 2) for process in started(stages, tmp_path / str(n), n, spec=made, epochs=1)]
-    assert [process.wait(240) for process in processes] == [0] * 3
-    one, two = (load_file(tmp_path / str(n) / "policy" / "weights.safetensors") for n in (1, 2))
-    for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=1e-4, atol=1e-5)
-    figures = json.loads((tmp_path / "1" / "losses.jsonl").read_text().splitlines()[-1])
-    assert all(abs(figure) < 1e4 for figure in figures.values())
