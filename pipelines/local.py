@@ -20,6 +20,8 @@ from importlib.metadata import version as version_of_package
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from contracts import progress
 from contracts.job import Data, RLTrainingJob, split_paths
 from contracts.stage import EARLIER_VARIABLE, ERROR_FILE_VARIABLE, RECORD, StageError, code_version, digest_files
@@ -86,6 +88,8 @@ def run_job(run: Run, display: Display, warm_start: str = "") -> int:
             log(run, display)
         train_and_evaluate(run, display, warm_start)
         collect(run)
+        for warning in run.result["warnings"]:
+            display.say(f"[yellow]{escape(warning)}[/]")
         if spec.simulation:
             from simulation.truth import true_returns
 
@@ -310,6 +314,9 @@ def export_stable(run: Run) -> Path:
 def collect(run: Run) -> None:
     """Put into the result what the finished stages left."""
     result = run.result
+    result["warnings"] = [
+        f"{stage}: {text}" for stage in STAGES for text in (run.record(stage) or {}).get("warnings", [])
+    ]
     for stage in ("log", *STAGES):
         record = run.record(stage)
         if record and stage not in result["stages"]:

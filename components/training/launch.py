@@ -124,6 +124,7 @@ def train(
             "workers": workers.max,
             "transitions": bundle["provenance"]["transitions"],
             "warm_start": bundle["provenance"]["warm_start"],
+            "warnings": bundle["provenance"]["warnings"],
             **(known or {}),
         }
 

@@ -26,26 +26,23 @@ def start_from(
     normalization: NormalizationSpec,
     actions: Actions,
     algorithm: Algorithm,
-) -> str | None:
+) -> str:
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
     Features of the state or of items, and values of an enum, that are new since then begin without a weight, so that
-    the policy is the same at first, but for features' scales, which follow the log. Returns None, said aloud, where the
-    bundle does not fit: algorithm, actions or layers are others, or a feature is gone or of another type.
+    the policy is the same at first, but for features' scales, which follow the log. Raises `StageError`, and changes
+    nothing, where the bundle does not fit: algorithm, actions or layers are others, or a feature is gone or of another
+    type.
     """
-    try:
-        bundle = read_bundle(directory)
-        if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
-            raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
-        taken = _places(bundle, network, normalization, actions, directory)
-        theirs = dict(bundle.network.named_parameters())
-        moments = _read_moments(Path(directory) / OPTIMIZER)
-        with torch.no_grad():
-            for name, ours in network.named_parameters():
-                ours.copy_(_moved(theirs[name], ours, taken, name in _by_input(network)))
-    except StageError as error:
-        print(f"no warm start, training begins anew: {error}", file=sys.stderr, flush=True)
-        return None
+    bundle = read_bundle(directory)
+    if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
+        raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
+    taken = _places(bundle, network, normalization, actions, directory)
+    theirs = dict(bundle.network.named_parameters())
+    moments = _read_moments(Path(directory) / OPTIMIZER)
+    with torch.no_grad():
+        for name, ours in network.named_parameters():
+            ours.copy_(_moved(theirs[name], ours, taken, name in _by_input(network)))
     _take_moments(moments, network, optimizer, taken)
     added = _inputs(normalization, actions) - len(taken)
     more = f", {added} of its inputs new" if added else ""

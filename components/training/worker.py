@@ -232,12 +232,17 @@ def run_worker(
     keep_memory()
     be_deterministic()
     torch.manual_seed(spec.seed)
-    if rank == 0 and spec.training.precision == "bfloat16" and device == CPU and not computes_bfloat16():
-        print(
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        print(text, file=sys.stderr, flush=True)
+
+    if spec.training.precision == "bfloat16" and device == CPU and not computes_bfloat16():
+        warn(
             "training.precision: this CPU has no instructions for bfloat16, and steps may take many times as "
-            "long as in float32: leave it out",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            "long as in float32: leave it out"
+        )
     if spec.training.compile and (missing := missing_to_compile()):
         raise StageError(f"training.compile: there is no {missing}: install it, or leave training.compile out")
     normalization = NormalizationSpec.read(normalization_dir / "spec.json")
@@ -265,10 +270,13 @@ def run_worker(
     trainer = Trainer(learner, algorithm.learning_rate, spec.training.compile)
     started_from = None
     if warm_start and trainer.optimizer:
-        started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions, algorithm)
-        learner.catch_up()
+        try:
+            started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions, algorithm)
+            learner.catch_up()
+        except StageError as error:
+            warn(f"no warm start, training begins anew: {error}")
     elif warm_start:
-        print("no warm start: what counts each decision of this log begins anew", file=sys.stderr, flush=True)
+        warn("no warm start: what counts each decision of this log begins anew")
     done = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, done, device)
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
@@ -292,6 +300,7 @@ def run_worker(
         "discount": spec.reward.discount,
         "discount_interval": spec.reward.discount_interval,
         "warm_start": started_from,
+        "warnings": warnings,
     }
     advice = {"continuous": "or choose iql or td3Bc", "slate": "or set nextSlate: logged"}.get(
         actions.space, "keep double, or choose cql or bcq"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -270,6 +271,15 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     assert first.stat().st_mtime_ns != written
     assert read_record(output)["weights_digest"] != weights
     assert [path.name for path in output.parent.iterdir()] == ["training"]
+
+
+def test_a_policy_that_does_not_fit_to_begin_with_is_told_of_in_the_record(tmp_path: Path, small_log: SmallLog) -> None:
+    spec, stages = small_log(epochs=1)
+    launch.train(spec, *stages, tmp_path / "training", warm_start=str(tmp_path / "gone"))
+    record = read_record(tmp_path / "training")
+    assert record["warm_start"] is None
+    [warning] = record["warnings"]
+    assert re.match(r"no warm start, training begins anew: .*gone", warning)
 
 
 def test_what_several_attempts_have_left_is_put_together_the_last_one_s_first(

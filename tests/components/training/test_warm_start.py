@@ -1,6 +1,7 @@
 """Training begins with another policy's weights, or says why it does not."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from components.training.network import Normalized
 from components.training.trainer import Trainer
 from components.training.warm_start import start_from
 from contracts.job import Algorithm, PolicyHead
+from contracts.stage import StageError
 
 ACTIONS = Actions(["left", "right"])
 
@@ -45,7 +47,7 @@ def begun(algorithm: dict[str, Any], normalization: NormalizationSpec, seed: int
 def start(
     bundle: Path, network: Normalized, trainer: Trainer, normalization: NormalizationSpec, algorithm: dict[str, Any],
     actions: Actions = ACTIONS,
-) -> str | None:  # fmt: skip
+) -> str:  # fmt: skip
     made = Algorithm.model_validate(algorithm)
     return start_from(str(bundle), network, trainer.optimizer, normalization, actions, made)
 
@@ -130,8 +132,8 @@ def test_new_features_of_items_change_nothing_at_first(
     scores = before(state, torch.tensor([[0.5, 1.0], [7.0, 2.0]]))
     torch.testing.assert_close(network(state, torch.tensor([[1.0, 1.0, 0.5], [2.0, 2.0, 7.0]])), scores)
     gone = Actions([], described=spec(colour))
-    assert start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made) is None
-    assert "x (continuous) is gone" in capsys.readouterr().err
+    with pytest.raises(StageError, match=r"x \(continuous\) is gone"):
+        start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made)
 
 
 @pytest.mark.parametrize(
@@ -144,22 +146,22 @@ def test_new_features_of_items_change_nothing_at_first(
         (spec(X, feature("place", "enum", values=[2.0, 3.0])), ACTIONS, [8], "place has no value 1 any more"),
     ],
 )
-def test_with_a_policy_that_does_not_fit_begins_anew_and_says_why(
-    bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str], now: NormalizationSpec,
-    actions: Actions, layers: list[int], said: str,
-) -> None:  # fmt: skip
+def test_a_policy_that_does_not_fit_is_refused_and_says_why(
+    bundle: Path, algorithm: dict[str, Any], now: NormalizationSpec, actions: Actions, layers: list[int], said: str
+) -> None:
     name, settings = next(iter(algorithm.items()))
     network, trainer = begun({name: settings | {"hiddenLayers": layers}}, now)
     before = [weights.clone() for weights in network.parameters()]
-    assert start(bundle, network, trainer, now, algorithm, actions) is None
+    with pytest.raises(StageError, match=re.escape(said)):
+        start(bundle, network, trainer, now, algorithm, actions)
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
-    assert said in capsys.readouterr().err
 
 
-def test_with_another_algorithms_policy_begins_anew(tmp_path: Path, bundle: Path) -> None:
+def test_another_algorithms_policy_is_refused(tmp_path: Path, bundle: Path) -> None:
     other = {"qrDqn": {"hiddenLayers": [8]}}
     network, trainer = begun(other, BEFORE)
-    assert start(bundle, network, trainer, BEFORE, other) is None
+    with pytest.raises(StageError):
+        start(bundle, network, trainer, BEFORE, other)
 
 
 @pytest.mark.parametrize(
@@ -179,26 +181,25 @@ def test_with_another_algorithms_policy_begins_anew(tmp_path: Path, bundle: Path
     ids=["cloning", "atoms"],
 )
 def test_weights_of_the_same_shapes_that_say_something_else_are_not_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict[str, Any], now: dict[str, Any], said: str
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], said: str
 ) -> None:
     network, _ = begun(before, BEFORE)
     made = Algorithm.model_validate(before)
     write_bundle(tmp_path / "bundle", network, made, BEFORE, ACTIONS, PolicyHead(), {})
-    assert start(tmp_path / "bundle", *begun(now, BEFORE), BEFORE, now) is None
-    assert said in capsys.readouterr().err
+    with pytest.raises(StageError, match=said):
+        start(tmp_path / "bundle", *begun(now, BEFORE), BEFORE, now)
 
 
-def test_with_an_optimizer_state_that_is_torn_begins_anew(
-    bundle: Path, algorithm: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_optimizer_state_that_is_torn_is_refused(bundle: Path, algorithm: dict[str, Any]) -> None:
     (bundle / "optimizer.safetensors").write_bytes(b"torn")
     network, trainer = begun(algorithm, BEFORE)
     before = [weights.clone() for weights in network.parameters()]
-    assert start(bundle, network, trainer, BEFORE, algorithm) is None
+    with pytest.raises(StageError, match=r"optimizer\.safetensors: cannot be read"):
+        start(bundle, network, trainer, BEFORE, algorithm)
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
-    assert "optimizer.safetensors: cannot be read" in capsys.readouterr().err
 
 
-def test_with_a_policy_that_is_gone_begins_anew(tmp_path: Path) -> None:
+def test_a_policy_that_is_gone_is_refused(tmp_path: Path) -> None:
     network, trainer = begun(DQN, BEFORE)
-    assert start(tmp_path / "gone", network, trainer, BEFORE, DQN) is None
+    with pytest.raises(StageError):
+        start(tmp_path / "gone", network, trainer, BEFORE, DQN)
