@@ -23,7 +23,7 @@ run: install ## Set up, then run the example job (or JOB=path/to/job.yaml)
 	$(BIN)/bluewhale run $(JOB)
 
 test: install $(OTHER_KFP)/.installed ## Set up, then run the whole test suite
-	BLUEWHALE_OTHER_KFP=$(CURDIR)/$(OTHER_KFP)/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile
+	BLUEWHALE_OTHER_KFP=$(CURDIR)/$(OTHER_KFP)/bin/python $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 open-bandit: install ## Fetch real data, run manifests/examples/open-bandit.yaml on it, compare with what was really got
 	PYTHONPATH=$(CURDIR) $(BIN)/python scripts/open_bandit.py prepare
