@@ -48,7 +48,10 @@ def end(pid: int) -> None:
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process and its children; of what they share, each counts its part."""
+    """Bytes in memory of a process and its children; what they share counts for each.
+
+    Not shared out, which asks for every page of theirs: of 2 GiB that takes 90 ms of a core each time.
+    """
     total = 0
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -56,7 +59,7 @@ def resident(pid: int) -> int:
         return 0
     for each in family:
         try:
-            total += each.memory_full_info().pss
+            total += each.memory_info().rss
         except psutil.NoSuchProcess:
             continue
     return total

@@ -17,7 +17,7 @@ from components.timeline.describe import describe
 from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
 from components.timeline.quarantine import DUPLICATE, REASON, not_finite, with_reason
-from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log
+from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, tells_of_last_steps
 from components.timeline.returns import add_returns, add_returns_over, backwards, so_far
 from contracts.job import JobSpec
 from contracts.progress import report
@@ -96,6 +96,11 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             document["warnings"].append(
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
                 f"{spec.data.last_step} takes for their end: column would take the log's word"
+            )
+        if spec.data.last_step == "column" and not outcomes and not tells_of_last_steps(log):
+            document["warnings"].append(
+                f"no line of the log has {spec.data.columns.truncated or 'truncated'}, which data.lastStep column goes "
+                "by: all last steps are taken for ends of their MDPs"
             )
         if (still := facts.get("outcomes", {}).get("open", 0)) > OPEN * rows:
             document["warnings"].append(

@@ -78,7 +78,8 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
             raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
         raw = raw.where(_within(data.partition))
     wished = _wished(data.columns, names, REQUIRED)
-    there = _there(raw, [*wished.values(), *data.state_columns, *data.features.keys])
+    told = [names["truncated"]] if data.last_step == "column" else []
+    there = _there(raw, [*wished.values(), *told, *data.state_columns, *data.features.keys])
     known = _known(names, there, wished, data.columns, f"data.decisionLog {path}", "data.columns")
     if missing := [name for name in data.state_columns if name not in there]:
         raise StageError(f"data.stateColumns: {missing[0]} is missing from {path}; found {_found(there)}")
@@ -96,7 +97,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
         if data.features.service:
             raise StageError(f"data.features.service: {say}, or log the state")
     # A JSON line may leave out what is false.
-    if data.last_step == "column" and "truncated" not in known and not data.outcomes:
+    if data.last_step == "column" and "truncated" not in known and not data.outcomes and _TEXT not in raw.columns:
         raise StageError(
             f"data.lastStep column: {path} has no column {names['truncated']} to tell of last steps; name it "
             f"in data.columns.truncated, or say terminal or truncated; found {_found(there)}"
@@ -113,6 +114,11 @@ def _within(partition: Partition) -> Column:
     # All hours of the last day.
     separators = " T-" if re.fullmatch(r"\d{4}-\d\d-\d\d", last) else ""
     return functools.reduce(lambda either, one: either | value.startswith(last + one), separators, within)
+
+
+def tells_of_last_steps(log: DataFrame) -> bool:
+    """Whether the log has a column `truncated`, of JSON lines at least one."""
+    return not log.schema["truncated"].metadata
 
 
 def counted_in_millionths(log: DataFrame) -> bool:
@@ -407,6 +413,8 @@ def _conform(
     if data.partition:
         unreadable.append(F.when(F.col(f"`{data.partition.column}`").isNull(), F.lit(data.partition.column)))
     metadata = {"sequence_number": {"in_millionths": True}} if in_millionths else {}
+    if "truncated" not in known:
+        metadata["truncated"] = {"absent": True}
     brought = dict.fromkeys([*data.features.keys, *(["ds"] if "ds" in raw.columns else [])])
     return raw.select(
         *[column.alias(name, metadata=metadata.get(name, {})) for name, column in columns.items()],

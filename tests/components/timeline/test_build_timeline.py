@@ -136,6 +136,15 @@ def test_a_word_of_the_log_that_the_job_overrules_is_told(tmp_path):
     assert said.startswith(f"{ends} MDPs end in a step that the log calls truncated, and that data.lastStep terminal")
 
 
+@pytest.mark.parametrize("lines_that_tell", [0, 1])
+def test_last_steps_that_no_line_tells_of_are_warned_of(tmp_path, lines_that_tell):
+    """Of JSON lines, which may leave out what is false."""
+    rows = [row | ({"truncated": False} if i < lines_that_tell else {}) for i, row in enumerate(ROWS)]
+    build_timeline(spec(lastStep="column"), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / RECORD).read_text())["warnings"]
+    assert [text[:36] for text in said] == ["no line of the log has truncated, wh"] * (1 - lines_that_tell)
+
+
 def test_every_reason_is_counted(tmp_path):
     """Also one that no list of reasons would name: a row is never lost."""
     bad = [{"action_probability": "half"}, {"event_time": "soon"}, {"reward": "much"}, {"state_features": {"x": "y"}}]
