@@ -10,6 +10,7 @@ from typing import Any
 
 from pyspark.sql import Column, DataFrame, Observation, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from components.spark import spark_session
 from components.timeline import state
@@ -62,10 +63,10 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         names = look_at(used)
         report(1, 4, "ordering MDPs")
         plan = make_plan(used, spec, names or all_names(used))
-        counts = write_transitions(checked, spec, plan, directory / "transitions")
+        columns, counts = write_transitions(checked, spec, plan, directory / "transitions")
         if counts["unknown"]:
             plan = make_plan(used, spec, all_names(used))
-            counts = write_transitions(checked, spec, plan, directory / "transitions")
+            columns, counts = write_transitions(checked, spec, plan, directory / "transitions")
         rows = counts["used"] if used is checked else checked.count()
         rejected, left_out = counts["rejected"], rows - counts["used"] + counts[LEFT_OUT]
         if not rows:
@@ -80,7 +81,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         if rejected > spec.data.max_quarantine_fraction * (rows - left_out):
             raise StageError(_too_many(facts, examples, spec, decision_log))
         report(3, 4, "reconciling")
-        written = spark.read.parquet(str(directory / "transitions"))
+        written = spark.read.schema(columns).parquet(str(directory / "transitions"))
         kept = written.count()
         if kept != facts["rows_out"] or sum(reasons.values()) != rejected:
             raise StageError(
@@ -121,11 +122,12 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         report(4, 4, f"{facts['mdps']:,} MDPs")
 
 
-def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path) -> dict[str, int]:
-    """Write the transitions and count on the way: rows `used`, `rejected`, `left_out` by a limit, `before_its_time`.
+def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path) -> tuple[T.StructType, dict[str, int]]:
+    """Write the transitions; returns their columns, and what was counted on the way.
 
-    And `overruled`, last steps that the log calls truncated and the job terminal. Rows with names that the plan does
-    not know are `unknown`: then what was written is of no use.
+    Of rows those `used`, `rejected`, `left_out` by a limit and `before_its_time`; `overruled`, last steps that the log
+    calls truncated and the job terminal; `unknown`, rows with names that the plan does not know: where there are some,
+    what was written is of no use.
     """
     read, placed, followed = Observation("read"), Observation("placed"), Observation("followed")
     # Counted when rows are small: to be counted, they must be laid out whole.
@@ -141,8 +143,9 @@ def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path)
     transitions = add_what_followed(numbered, spec, plan).observe(
         followed, *[_number_of(F.col(name)).alias(name) for name in counted]
     )
-    transitions.drop(*counted).write.mode("overwrite").parquet(str(path))
-    return {name: n or 0 for seen in (read, placed, followed) for name, n in seen.get.items()}
+    written = transitions.drop(*counted)
+    written.write.mode("overwrite").parquet(str(path))
+    return written.schema, {name: n or 0 for seen in (read, placed, followed) for name, n in seen.get.items()}
 
 
 def _number_of(condition: Column) -> Column:

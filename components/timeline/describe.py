@@ -45,7 +45,8 @@ def describe(transitions: DataFrame, rows: int, features: list[str], metrics: li
     sample = transitions
     if rows > SAMPLE_ROWS:
         files = sorted(map(unquote, transitions.inputFiles()))
-        sample = transitions.sparkSession.read.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
+        reader = transitions.sparkSession.read.schema(transitions.schema)
+        sample = reader.parquet(*files[: max(1, len(files) * SAMPLE_ROWS // rows)])
         if sample.isEmpty():
             sample = transitions
     values = {f"metric {name}": F.col("metrics")[name] for name in metrics}

@@ -88,7 +88,8 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     taken = {*wanted.names, *OURS}
     if clash := [k for k in data.features.keys if k in taken or k.startswith(OUR_PREFIXES)]:
         raise StageError(f"data.features.keys: {clash[0]} is the name of a column of ours; rename the join key")
-    if "event_time" in known and raw.where(F.col(f"`{known['event_time']}`").isNotNull()).isEmpty():
+    # `isEmpty` would look into every file.
+    if "event_time" in known and not raw.where(F.col(f"`{known['event_time']}`").isNotNull()).take(1):
         del known["event_time"]
     if "event_time" not in known:
         say = f"{path} has no event times to count from; name their column in data.columns.eventTime"
