@@ -1,4 +1,5 @@
-"""A measurement is a process of its own: its wall time, and the most memory that it and its children held."""
+"""A measurement is a process of its own: its wall time, and the most memory that it and its children held, at a look
+every other second."""
 
 from __future__ import annotations
 

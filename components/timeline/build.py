@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             )
         if spec.data.last_step == "column" and not outcomes and not tells_of_last_steps(log):
             document["warnings"].append(
-                f"no line of the log has {spec.data.columns.truncated or 'truncated'}, which data.lastStep column goes "
-                "by: all last steps are taken for ends of their MDPs"
+                "no line of the log has truncated, which data.lastStep column goes by: all last steps are taken for "
+                "ends of their MDPs"
             )
         if (still := facts.get("outcomes", {}).get("open", 0)) > OPEN * rows:
             document["warnings"].append(
@@ -109,6 +110,8 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
                 "outcomes are still coming, theirs are missing here. Run again later, or leave their days out by "
                 "data.partition"
             )
+        for warning in document["warnings"]:
+            print(warning, file=sys.stderr, flush=True)
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
         write_page(document, directory / "report.html")
         lengths = document["lengths"]

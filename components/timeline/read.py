@@ -78,7 +78,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
             raise StageError(f"data.partition.column {name}: no such column in {path}; found {_found(there)}")
         raw = raw.where(_within(data.partition))
     wished = _wished(data.columns, names, REQUIRED)
-    told = [names["truncated"]] if data.last_step == "column" else []
+    told = [names["truncated"]] if data.last_step == "column" and not data.outcomes else []
     there = _there(raw, [*wished.values(), *told, *data.state_columns, *data.features.keys])
     known = _known(names, there, wished, data.columns, f"data.decisionLog {path}", "data.columns")
     if missing := [name for name in data.state_columns if name not in there]:
@@ -89,7 +89,7 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     if clash := [k for k in data.features.keys if k in taken or k.startswith(OUR_PREFIXES)]:
         raise StageError(f"data.features.keys: {clash[0]} is the name of a column of ours; rename the join key")
     # `isEmpty` would look into every file.
-    if "event_time" in known and not raw.where(F.col(f"`{known['event_time']}`").isNotNull()).take(1):
+    if "event_time" in known and not raw.where(F.col(f"`{known['event_time']}`").isNotNull()).select(F.lit(1)).take(1):
         del known["event_time"]
     if "event_time" not in known:
         say = f"{path} has no event times to count from; name their column in data.columns.eventTime"

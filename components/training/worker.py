@@ -331,6 +331,8 @@ def run_worker(
                 directory, network, algorithm, normalization, actions, spec.export,
                 provenance | {"epoch": epoch}, trainer.optimizer if last else None,
             )  # fmt: skip
+        if figures:
+            figures.board.flush()
         save_checkpoint(trainer, step, output / CHECKPOINTS)
         kept = time.monotonic()
     if figures:
@@ -422,8 +424,8 @@ def check_alike(trainer: Trainer, done: int, device: torch.device) -> None:
 def _clear_up(output: Path, done: int, finished: int, epochs: int) -> None:
     """Take away what came after the steps that are done, and the epochs that are finished."""
     forget_after(output, done)
-    # A checkpoint that was passed over must not be taken for the newest one later.
-    beyond = [d for d in (output / CHECKPOINTS).glob("[0-9]*") if int(d.name) > done]
+    # A checkpoint that was passed over must not be taken for the newest one later; drafts are those of a kill.
+    beyond = [d for d in (output / CHECKPOINTS).glob("*") if d.name.startswith(".") or int(d.name) > done]
     broken_off = [d for d in (output / "epochs").glob("*") if int(d.name) > finished]
     for directory in beyond + broken_off + ([output / "policy"] if finished < epochs else []):
         shutil.rmtree(directory, ignore_errors=True)

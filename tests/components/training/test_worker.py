@@ -247,7 +247,14 @@ def test_within_a_long_epoch_two_workers_go_on_from_the_last_checkpoint(stages: 
 
 def test_what_came_after_the_checkpoint_that_training_goes_on_from_goes(tmp_path: Path) -> None:
     """A later one that was passed over could be taken for the newest once it can be read again."""
-    for name in (f"{CHECKPOINTS}/000000000512", f"{CHECKPOINTS}/000000001024", "epochs/001", "epochs/002", "policy"):
+    for name in (
+        f"{CHECKPOINTS}/000000000512",
+        f"{CHECKPOINTS}/000000001024",
+        f"{CHECKPOINTS}/.000000000600",
+        "epochs/001",
+        "epochs/002",
+        "policy",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "losses.jsonl").write_text('{"step": 512}\n{"step": 700}\n{"st')
     worker._clear_up(tmp_path, done=512, finished=1, epochs=3)
