@@ -908,6 +908,10 @@ class JobSpec(Model):
             level[last] = int(value) if whole else value
         return JobSpec.model_validate(document)
 
+    def deciding(self) -> str:
+        """All that decides what is learned, as JSON: how often training is kept does not."""
+        return self.model_dump_json(exclude={"training": {"checkpoint_seconds"}})
+
     def only(self, *sections: str) -> str:
         """The named sections, what an action is, and the seed as JSON: what a stage reads, lest others make it stale.
 

@@ -164,9 +164,8 @@ def _of_trials(spec: JobSpec) -> JobSpec:
 
 def _identity(spec: JobSpec, features: Path, normalization: Path) -> str:
     """What trials depend on."""
-    deciding = spec.model_dump_json(exclude={"training": {"checkpoint_seconds"}})
     records = [(directory / RECORD).read_text() for directory in (features, normalization)]
-    return hashlib.sha256("".join([deciding, code_version(), *records]).encode()).hexdigest()
+    return hashlib.sha256("".join([spec.deciding(), code_version(), *records]).encode()).hexdigest()
 
 
 def _of(spec: JobSpec, path: str) -> Any:

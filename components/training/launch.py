@@ -90,8 +90,7 @@ def train(
         files = sorted(Path(normalization).glob("*spec.json"))
         files += Path(warm_start).glob(DESCRIPTION) if warm_start else []
         texts = [file.read_text() for file in files]
-        deciding = spec.model_dump_json(exclude={"training": {"checkpoint_seconds"}})
-        _take_up(before, directory, [deciding, digest, *texts, code_version()])
+        _take_up(before, directory, [spec.deciding(), digest, *texts, code_version()])
         app = torchrun(
             "--job", seen(directory / "job.json"), "--columns", seen(columns),
             "--normalization", seen(Path(normalization).absolute()), "--output", seen(directory),

@@ -364,10 +364,10 @@ def learn(
         loss, scores = trainer.step(batch)
         recent.append(loss)
         ended = step == ends[epoch]
-        pause = ended
-        if step % every == 0 or ended:
-            # Only with a look: the next one is then of the same steps after whichever of them training goes on.
-            pause = ended or due()
+        looked = ended or step % every == 0
+        # Only with a look: the next one is then of the same steps after whichever of them training goes on.
+        pause = ended or (looked and due())
+        if looked:
             if figures:
                 means = {"td_loss": torch.stack(recent).mean(), "reward": batch.reward.mean(), "q_mean": scores.mean()}
                 looks.append(figures.look(step, epoch + 1, ended, means))

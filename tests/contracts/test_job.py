@@ -312,3 +312,10 @@ def test_a_gate_on_a_policy_over_numbers_needs_an_estimator_without_propensities
 def test_a_table_s_name_is_no_path(formats: dict[str, str], placed: tuple[str, str]) -> None:
     found = Data.model_validate({"decisionLog": "log", "outcomes": "late"} | formats).placed("/root")
     assert (found.decision_log, found.outcomes) == placed
+
+
+def test_how_often_training_is_kept_does_not_decide_what_is_learned() -> None:
+    made = {"actions": ["a", "b"], "training": {"checkpointSeconds": 60}}
+    often, seldom, other = ({}, {"training": {"checkpointSeconds": 600}}, {"seed": 5})
+    found = [JobSpec.model_validate(made | change).deciding() for change in (often, seldom, other)]
+    assert found[0] == found[1] != found[2]

@@ -213,12 +213,12 @@ def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     assert logs[0] == logs[1]
 
 
-LONG = {"batch_size": 200, "epochs": 1, "steps_per_epoch": 1500, "checkpoint_seconds": 0}
+LONG = {"batch_size": 200, "epochs": 1, "steps_per_epoch": 3000, "checkpoint_seconds": 0}
 
 
 def test_within_a_short_epoch_no_checkpoint_is_written(stages: Path, tmp_path: Path) -> None:
     trained(stages, tmp_path, **LONG | {"checkpoint_seconds": 3600})
-    assert [place.name for place in (tmp_path / CHECKPOINTS).iterdir()] == ["000000001500"]
+    assert [place.name for place in (tmp_path / CHECKPOINTS).iterdir()] == ["000000003000"]
 
 
 def test_within_a_long_epoch_two_workers_go_on_from_the_last_checkpoint(stages: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_within_a_long_epoch_two_workers_go_on_from_the_last_checkpoint(stages: 
     for victim in victims:
         victim.kill()
     assert [victim.wait(10) for victim in victims] == [-signal.SIGKILL] * 2
-    assert all(0 < int(place.name) < 1500 for place in (output / CHECKPOINTS).glob("[0-9]*"))
+    assert all(0 < int(place.name) < 3000 for place in (output / CHECKPOINTS).glob("[0-9]*"))
     losses = output / "losses.jsonl"
     first, *others = losses.read_text().splitlines(keepends=True)
     losses.write_text(first.replace("{", '{"before": 1, ', 1) + "".join(others))
