@@ -215,10 +215,10 @@ class Data(Model):
     reward_timeline_steps: int = Field(
         0, ge=0, le=1000, description="Metrics of this many decisions from each on, in the column `reward_timeline`."
     )
-    last_step: Literal["terminal", "truncated", "column"] = Field(
-        "terminal",
+    last_step: Literal["terminal", "truncated", "column"] | None = Field(
+        None,
         description="What an MDP's last logged step is: its end, a cut by the log's window, or what the log's own "
-        "boolean column `truncated` says.",
+        "boolean column `truncated` says. Left out, it is taken for the end, with a warning.",
     )
     full_rows: bool = Field(
         False,

@@ -22,6 +22,9 @@ from contracts.transitions import FEAST_NAME_TAG, STATE_PREFIX
 VIEW = "state"
 SERVICE = "policy_state"
 
+ONLINE_ROWS = 10_000
+"""That are written to the online store at a time."""
+
 _RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number"}
 _KEY_TYPES: dict[str, T.DataType] = {"STRING": T.StringType(), "INT64": T.LongType(), "INT32": T.IntegerType()}
 _NUMBERS = ("Int32", "Int64", "Float32", "Float64", "Bool")
@@ -84,6 +87,8 @@ def _open(repository: Path) -> Any:
     store = _feast().FeatureStore(repo_path=str(repository))
     # The newest row of a key is all that serving reads; else Feast takes every row through the driver.
     store.config.materialization_config.pull_latest_features = True
+    # Else all of them are turned into the online store's own form at once.
+    store.config.materialization_config.online_write_batch_size = ONLINE_ROWS
     return store
 
 

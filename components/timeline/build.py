@@ -19,8 +19,8 @@ from components.timeline.describe import describe
 from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
 from components.timeline.quarantine import DUPLICATE, REASON, not_finite, with_reason
-from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, tells_of_last_steps
-from components.timeline.returns import add_returns, add_returns_over, backwards, so_far
+from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log
+from components.timeline.returns import add_returns, add_returns_over, backwards, so_far, sums_in_one
 from contracts.job import JobSpec
 from contracts.progress import report
 from contracts.stage import StageError, stage
@@ -28,9 +28,12 @@ from contracts.transitions import NEXT_STATE_PREFIX, STATE_PREFIX
 
 LEFT_OUT = "left_out"
 HASHES = 1_000_000
-BUCKETS = 1 << 16
+BUCKETS = 1 << 12, 1 << 16
+"""Of MDPs, to count rows in: fewer take less time, more tell long MDPs from many of them."""
 HEAD_ROWS = 1000
 MOST_FEATURES = 20_000
+ENDED = "terminal"
+"""What a last step is where the job does not say."""
 OPEN = 0.01
 """Share of the decisions whose wait for outcomes may go on beyond the last one: that of the last ones always does."""
 
@@ -97,12 +100,17 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
         if overruled := counts["overruled"]:
             document["warnings"].append(
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
-                f"{spec.data.last_step} takes for their end: column would take the log's word"
+                f"{spec.data.last_step or ENDED} takes for their end: column would take the log's word"
             )
-        if spec.data.last_step == "column" and not outcomes and not tells_of_last_steps(log):
+        if spec.data.last_step == "column" and not counts["told"]:
             document["warnings"].append(
-                "no line of the log has truncated, which data.lastStep column goes by: all last steps are taken for "
+                "no row of the log has truncated, which data.lastStep column goes by: all last steps are taken for "
                 "ends of their MDPs"
+            )
+        if not spec.data.last_step and "ended" not in log.columns and document["lengths"]["maximum"] > 1:
+            document["warnings"].append(
+                "data.lastStep is not set: all last steps are taken for ends of their MDPs. Say terminal if they are, "
+                "truncated if the log's window cuts MDPs off, column if the log tells"
             )
         if (still := facts.get("outcomes", {}).get("open", 0)) > OPEN * rows:
             document["warnings"].append(
@@ -120,7 +128,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             "mean_length": round(lengths["mean"], 2),
             "max_length": int(lengths["maximum"]),
             "features": len(plan.features),
-            **{name: document[name] for name in ("truncated", "actions", "mdps_over_days", "warnings")},
+            **{name: document[name] for name in ("truncated", "described", "actions", "mdps_over_days", "warnings")},
         }
         report(4, 4, f"{facts['mdps']:,} MDPs")
 
@@ -128,14 +136,17 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
 def write_transitions(checked: DataFrame, spec: JobSpec, plan: Plan, path: Path) -> tuple[T.StructType, dict[str, int]]:
     """Write the transitions; returns their columns, and what was counted on the way.
 
-    Of rows those `used`, `rejected`, `left_out` by a limit and `before_its_time`; `overruled`, last steps that the log
-    calls truncated and the job terminal; `unknown`, rows with names that the plan does not know: where there are some,
-    what was written is of no use.
+    Of rows those `used`, `rejected`, `left_out` by a limit and `before_its_time`; `told`, whose `truncated` is known;
+    `overruled`, last steps that the log calls truncated and the job terminal; `unknown`, rows with names that the plan
+    does not know: where there are some, what was written is of no use.
     """
     read, placed, followed = Observation("read"), Observation("placed"), Observation("followed")
     # Counted when rows are small: to be counted, they must be laid out whole.
     rows = compact(in_sample(checked, spec), plan).observe(
-        read, F.count(F.lit(1)).alias("used"), _number_of(F.col("unknown")).alias("unknown")
+        read,
+        F.count(F.lit(1)).alias("used"),
+        F.count("row.truncated").alias("told"),
+        _number_of(F.col("unknown")).alias("unknown"),
     )
     numbered = number_steps(rows, plan).observe(
         placed,
@@ -193,10 +204,11 @@ def look_at(used: DataFrame) -> Names | None:
 
 
 def all_names(used: DataFrame) -> Names:
-    """The names in all rows."""
+    """The names in all rows that are not rejected."""
     # Most rows have the same names: few different sets of them are left to be taken apart.
     known = F.when(~not_finite("metrics"), F.map_keys("metrics"))
-    sets = used.groupBy(F.map_keys("state_features").alias("state"), known.alias("metrics")).count().cache()
+    good = used.where(F.col(REASON).isNull())
+    sets = good.groupBy(F.map_keys("state_features").alias("state"), known.alias("metrics")).count().cache()
     names = (
         sets.select(F.lit("state").alias("of"), F.explode("state").alias("name"))
         .union(sets.select(F.lit("metrics"), F.explode("metrics")))
@@ -244,23 +256,26 @@ def make_plan(used: DataFrame, spec: JobSpec, names: Names) -> Plan:
         elapsed = (widest or 0) / interval if interval else float(longest or 0)
     else:
         # No MDP has more rows than all that share its bucket have: that is all that need be known, and soon counted.
-        bucket = F.pmod(F.xxhash64("mdp_id"), F.lit(BUCKETS))
-        rows = with_id.groupBy(bucket.alias("bucket")).count()
-        elapsed = float(rows.agg(F.max("count")).collect()[0][0] or 0)
+        for buckets in BUCKETS:
+            rows = with_id.groupBy(F.pmod(F.xxhash64("mdp_id"), F.lit(buckets)).alias("bucket")).count()
+            elapsed = float(rows.agg(F.max("count")).collect()[0][0] or 0)
+            if sums_in_one(elapsed, spec.reward.discount):
+                break
     return Plan(*names, data.min_length, limit, elapsed)
 
 
 def compact(used: DataFrame, plan: Plan) -> DataFrame:
     """The rows with their state as an array in the plan's order, and all that only comes along in one struct, `row`.
 
-    A third of the bytes to move and to sort, and two fields to copy. `unknown` tells of names that are not in the plan.
+    A third of the bytes to move and to sort, and two fields to copy. `unknown` tells of names that are not in the plan,
+    in a row that is not rejected.
     """
     rows = _with_tie(used, plan)
     named = state.has_others("odd", plan.features) | state.has_others("metrics", plan.metrics)
     brought = [F.col(f"`{name}`") for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
     return rows.select(
         *[name for name in (*_PLACE, "tie", "state") if name in rows.columns],
-        named.alias("unknown"),
+        (F.col(REASON).isNull() & named).alias("unknown"),
         F.struct(*brought).alias("row"),
     )
 
@@ -348,7 +363,7 @@ def add_what_followed(numbered: DataFrame, spec: JobSpec, plan: Plan) -> DataFra
             "terminal": open_ended,
             "truncated": open_ended if "ended" in numbered.columns else last,
             "column": open_ended | F.coalesce(F.col("row.truncated"), F.lit(False)),
-        }[spec.data.last_step]
+        }[spec.data.last_step or ENDED]
     )
     rows = rows.withColumn("_truncated", cut)
     broken = F.col("_truncated") | ~F.col("_good")
@@ -400,7 +415,7 @@ def set_aside(used: DataFrame, whole: DataFrame, plan: Plan, path: Path, nothing
     rows = numbered.drop("first", "step", LEFT_OUT, "tie", "state", "odd")
     if nothing:
         # Its columns are there, without the work of finding no row.
-        rows = rows.sparkSession.createDataFrame([], rows.schema)
+        rows = rows.limit(0)
     rows.write.parquet(str(path))
 
 

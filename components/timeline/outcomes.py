@@ -39,7 +39,9 @@ def join_outcomes(
             f"{data.outcome_columns.event_time or 'event_time'}; have it written, name it in "
             "data.outcomeColumns.eventTime, or use all outcomes"
         )
-    found = matched.agg(F.count("*"), F.coalesce(F.sum(F.col("late").cast("int")), F.lit(0))).collect()[0]
+    in_time = {name: F.when(~F.col("late"), F.col(name)) for name in ("ended", "truncated")}
+    found = matched.agg(F.count("*"), F.count_if("late"), *[F.count(value) for value in in_time.values()]).collect()[0]
+    told = dict(zip(in_time, found[2:], strict=True))
     counts = {
         "reports": reports,
         "unparsable": reports - fine,
@@ -74,9 +76,10 @@ def join_outcomes(
     )
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
     joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
-    if readable.where(F.col("ended").isNotNull()).isEmpty():
-        if data.last_step == "column" and all(
-            rows.where(F.col("truncated").isNotNull()).isEmpty() for rows in (log, readable)
+    # By what is joined alone: what is reported of other days must not change this one.
+    if not told["ended"]:
+        if data.last_step == "column" and not (
+            told["truncated"] or log.where(F.col("truncated").isNotNull()).select(F.lit(1)).take(1)
         ):
             raise StageError(
                 f"data.lastStep column: neither the log nor {path} tells of last steps, by truncated or ended: "

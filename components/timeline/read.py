@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -37,6 +38,10 @@ DAY_MICROSECONDS = 86_400_000_000
 MICROSECONDS = 1_000_000
 FIRST_MICROSECOND = -62_135_596_800_000_000  # of the year 1
 LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
+FURTHEST = 1 << 62
+"""From 0, of sequence numbers: beyond, no number holds what lies between two of them."""
+EARLIEST, LATEST = datetime(1700, 1, 1, tzinfo=UTC), datetime(2260, 1, 1, tzinfo=UTC)
+"""Of event times, which Feast counts in nanoseconds since 1970."""
 HEAD_ROWS = 1000
 FRACTIONS = 1 / 3
 """Of the first numbers: fewer are a mistake, and more a unit in which no step is whole."""
@@ -115,11 +120,6 @@ def _within(partition: Partition) -> Column:
     # All hours of the last day.
     separators = " T-" if re.fullmatch(r"\d{4}-\d\d-\d\d", last) else ""
     return functools.reduce(lambda either, one: either | value.startswith(last + one), separators, within)
-
-
-def tells_of_last_steps(log: DataFrame) -> bool:
-    """Whether the log has a column `truncated`, of JSON lines at least one."""
-    return not log.schema["truncated"].metadata
 
 
 def counted_in_millionths(log: DataFrame) -> bool:
@@ -369,6 +369,10 @@ def _conform(
     by_text = types.get(_AGAIN)
     again = {field.name: field.dataType for field in by_text.fields} if isinstance(by_text, T.StructType) else {}
     unreadable: list[Column] = []
+    bounds: dict[str, tuple[Any, Any]] = {
+        "sequence_number": (-FURTHEST, FURTHEST),
+        "event_time": (EARLIEST, LATEST),
+    }
 
     def read(ours: str, kind: T.DataType, column: str) -> Column:
         given = F.col(f"`{column}`")
@@ -387,6 +391,9 @@ def _conform(
             fits, nothing = F.col(_AGAIN).isNull(), F.lit(False)
             value = F.when(fits, value).otherwise(other)
             bad = F.when(fits, nothing if bad is None else bad).otherwise(nothing if unfit is None else unfit)
+        if ours in bounds:
+            value = F.when(value.between(*bounds[ours]), value)
+            bad = given.isNotNull() & value.isNull()
         if bad is not None:
             unreadable.append(F.when(bad, F.lit(ours)))
         return value
@@ -414,8 +421,6 @@ def _conform(
     if data.partition:
         unreadable.append(F.when(F.col(f"`{data.partition.column}`").isNull(), F.lit(data.partition.column)))
     metadata = {"sequence_number": {"in_millionths": True}} if in_millionths else {}
-    if "truncated" not in known:
-        metadata["truncated"] = {"absent": True}
     brought = dict.fromkeys([*data.features.keys, *(["ds"] if "ds" in raw.columns else [])])
     return raw.select(
         *[column.alias(name, metadata=metadata.get(name, {})) for name, column in columns.items()],

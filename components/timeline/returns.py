@@ -21,6 +21,11 @@ def so_far(*within: str) -> WindowSpec:
     return backwards(*within).rowsBetween(Window.unboundedPreceding, 0)
 
 
+def sums_in_one(longest: float, discount: float) -> bool:
+    """Whether the returns of an MDP that lasts so long, in units of the discount, can be summed in one go."""
+    return not discount or longest * -math.log(discount) <= LARGEST_EXPONENT
+
+
 def add_returns(
     rows: DataFrame,
     logged: dict[str, Column],
@@ -40,7 +45,7 @@ def add_returns(
     rows = rows.withColumn("_elapsed", elapsed * rate)
     if not discount:
         return rows.withColumns(along | {"returns": _by_name(metrics, values)})
-    if longest * rate <= LARGEST_EXPONENT:
+    if sums_in_one(longest, discount):
         # In units of the MDP's last row: going backwards the weight only grows, and what lies far ahead fades.
         weight = F.exp("_elapsed")
         sums = [F.sum(value * weight).over(so_far()) / weight for value in values]

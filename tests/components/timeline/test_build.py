@@ -497,6 +497,19 @@ def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path)
         assert (counts["late"], counts["open"]) == (late, still)
 
 
+def test_ends_that_are_reported_of_other_decisions_or_late_change_nothing(spark, tmp_path):
+    """Else a run over the same days would give another result once other days' outcomes are there."""
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=0)]))
+    mine = {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 1.0}, "event_time": NOON.isoformat()}
+    other = mine | {"mdp_id": "another day's", "ended": True}
+    late = mine | {"ended": True, "event_time": (NOON + timedelta(seconds=61)).isoformat()}
+    for told, lines in (("before", [mine]), ("after", [mine, other, late]), ("mine", [mine | {"ended": True}, other])):
+        outcomes = tmp_path / f"{told}.jsonl"
+        outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        frame, _ = join_outcomes(spark, log, str(outcomes), Data(outcomeWaitSeconds=60))
+        assert ("ended" in frame.columns) == (told == "mine")
+
+
 def test_last_steps_that_nobody_tells_of_are_not_guessed(spark, tmp_path):
     log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=0, truncated=None)]))
     line = {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 1.0}}

@@ -130,19 +130,68 @@ def test_a_log_that_changes_while_it_is_read_fails_the_stage(tmp_path, monkeypat
 
 def test_a_word_of_the_log_that_the_job_overrules_is_told(tmp_path):
     rows = [row | {"truncated": row["sequence_number"] == 9 and row["mdp_id"] < "m2"} for row in ROWS]
-    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    build_timeline(spec(lastStep="terminal"), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
     [said] = json.loads((tmp_path / "out" / RECORD).read_text())["warnings"]
     ends = sum(row["truncated"] for row in rows)
     assert said.startswith(f"{ends} MDPs end in a step that the log calls truncated, and that data.lastStep terminal")
 
 
-@pytest.mark.parametrize("lines_that_tell", [0, 1])
-def test_last_steps_that_no_line_tells_of_are_warned_of(tmp_path, lines_that_tell):
-    """Of JSON lines, which may leave out what is false."""
-    rows = [row | ({"truncated": False} if i < lines_that_tell else {}) for i, row in enumerate(ROWS)]
-    build_timeline(spec(lastStep="column"), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+@pytest.mark.parametrize("form", ["json", "parquet"])
+@pytest.mark.parametrize("rows_that_tell", [0, 1])
+def test_last_steps_that_no_row_tells_of_are_warned_of(tmp_path, rows_that_tell, form):
+    """JSON lines may leave out what is false, a column may be null."""
+    rows = [row | ({"truncated": False} if i < rows_that_tell else {}) for i, row in enumerate(ROWS)]
+    log = write(tmp_path / "log.jsonl", rows)
+    if form == "parquet":
+        log = str(tmp_path / "log.parquet")
+        table = pa.Table.from_pylist([row | {"state_features": list(row["state_features"].items()),
+                                             "metrics": list(row["metrics"].items())} for row in rows],
+                                     schema=columns_of_log())  # fmt: skip
+        pq.write_table(table, log)
+    build_timeline(spec(lastStep="column"), log, None, tmp_path / "out")
     said = json.loads((tmp_path / "out" / RECORD).read_text())["warnings"]
-    assert [text[:36] for text in said] == ["no line of the log has truncated, wh"] * (1 - lines_that_tell)
+    assert [text[:36] for text in said] == ["no row of the log has truncated, whi"] * (1 - rows_that_tell)
+
+
+def columns_of_log() -> pa.Schema:
+    numbers = pa.map_(pa.string(), pa.float64())
+    kinds = {
+        "mdp_id": pa.string(), "sequence_number": pa.int64(), "event_time": pa.string(), "state_features": numbers,
+        "action": pa.string(), "action_probability": pa.float64(), "metrics": numbers, "truncated": pa.bool_(),
+    }  # fmt: skip
+    return pa.schema(list(kinds.items()))
+
+
+def test_what_last_steps_are_is_not_guessed_silently(tmp_path):
+    log = write(tmp_path / "log.jsonl", ROWS)
+    build_timeline(spec(), log, None, tmp_path / "unsaid")
+    [said] = json.loads((tmp_path / "unsaid" / RECORD).read_text())["warnings"]
+    assert said.startswith("data.lastStep is not set: all last steps are taken for ends of their MDPs")
+    build_timeline(spec(lastStep="terminal"), log, None, tmp_path / "said")
+    assert json.loads((tmp_path / "said" / RECORD).read_text())["warnings"] == []
+    # Of one decision each, there is nothing that a window could cut off.
+    alone = write(tmp_path / "alone.jsonl", [row | {"mdp_id": f"m{i}"} for i, row in enumerate(ROWS)])
+    build_timeline(spec(), alone, None, tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / RECORD).read_text())["warnings"] == []
+
+
+def test_keys_and_times_too_far_out_to_be_counted_with_are_set_aside(tmp_path):
+    """Such as stand for none: the least number, the first day of the calendar."""
+    bad = [{"sequence_number": -(2**63)}, {"sequence_number": 2**63 - 1}, {"event_time": "0001-01-01T00:00:00Z"}]
+    rows = [*ROWS, *[ROWS[0] | {"sequence_number": 100} | change for change in bad]]
+    build_timeline(spec(), write(tmp_path / "log.jsonl", rows), None, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["reasons"] == {"unreadable_sequence_number": 2, "unreadable_event_time": 1}
+    assert record["rows_out"] == len(ROWS)
+
+
+def test_features_that_only_rejected_rows_have_are_none(tmp_path):
+    bad = ROWS[0] | {"sequence_number": 99, "state_features": {"X": float("nan")}}
+    for place, rows in (("first", [bad, *ROWS]), ("late", [*ROWS * (HEAD_ROWS // len(ROWS) + 1), bad])):
+        rows = [row | {"mdp_id": f"{row['mdp_id']}-{i // len(ROWS)}"} for i, row in enumerate(rows)]
+        build_timeline(spec(), write(tmp_path / f"{place}.jsonl", rows), None, tmp_path / place)
+        names = pq.read_table(tmp_path / place / "transitions").column_names
+        assert [name for name in names if name.startswith("state_")] == ["state_x"], place
 
 
 def test_every_reason_is_counted(tmp_path):
