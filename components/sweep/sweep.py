@@ -19,8 +19,9 @@ import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from components.columns import write_columns
-from components.evaluation.evaluate import evaluate
+from components.evaluation.evaluate import FEWEST_MDPS, evaluate
 from components.sweep.page import best_of, write_page
+from components.training.bundle import DESCRIPTION
 from components.training.launch import train
 from components.transitions import held_out
 from contracts import progress
@@ -44,7 +45,7 @@ def sweep_and_train(
     work = output.with_name(f"{output.name}.sweep")
     read_record(features), read_record(normalization)
     try:
-        chosen, tried = search(spec, Path(features), Path(normalization), work)
+        chosen, tried = search(spec, Path(features), Path(normalization), work, warm_start)
     except Exception as error:
         with stage("training", output):
             raise error
@@ -54,7 +55,9 @@ def sweep_and_train(
     shutil.rmtree(work)
 
 
-def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tuple[JobSpec, list[dict[str, Any]]]:
+def search(
+    spec: JobSpec, features: Path, normalization: Path, work: Path, warm_start: str = ""
+) -> tuple[JobSpec, list[dict[str, Any]]]:
     """The job with the best settings, and what was tried: {number, settings, value, low, high, seconds, failed}.
 
     The first trial is the job's own settings; then Optuna's Tree-structured Parzen Estimator (Bergstra et al. 2011)
@@ -62,7 +65,7 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
     """
     assert spec.sweep
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    mine = _identity(spec, features, normalization)
+    mine = _identity(spec, features, normalization, warm_start)
     if not (work / "identity").is_file() or (work / "identity").read_text() != mine:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -80,7 +83,7 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
         if trial:
             settings = {path: _suggest(trial, path, p, own.get(path)) for path, p in parameters.items()}
         progress.report(number, spec.sweep.trials, f"trial {number + 1}: {_in_words(settings)}")
-        found = try_settings(spec, settings, number, normalization, work)
+        found = try_settings(spec, settings, number, normalization, work, warm_start)
         tried.append(found)
         if trial and found["failed"]:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -95,7 +98,7 @@ def search(spec: JobSpec, features: Path, normalization: Path, work: Path) -> tu
 
 
 def try_settings(
-    spec: JobSpec, settings: dict[str, Any], number: int, normalization: Path, work: Path
+    spec: JobSpec, settings: dict[str, Any], number: int, normalization: Path, work: Path, warm_start: str = ""
 ) -> dict[str, Any]:
     """Train and judge once; what is finished comes back as it was."""
     assert spec.sweep
@@ -114,18 +117,22 @@ def try_settings(
         # Of a trial's stages, people and controllers hear nothing: it is a part of the training stage.
         with progress.silent(), untold():
             learn = functools.partial(
-                train, made, work / "features", normalization, directory / "training", part=f"-t{number}",
+                train, made, work / "features", normalization, directory / "training", warm_start,
                 laid_out=work / "columns",
             )  # fmt: skip
             try:
-                learn()
+                learn(part=f"-t{number}")
             except TransientError:
-                # Workers may have been lost, or these settings are what they cannot bear.
-                learn()
+                # Workers may have been lost, or these settings are what they cannot bear. By another name: in a
+                # cluster, what has failed is still there.
+                learn(part=f"-t{number}b")
             evaluate(made, work / "features", directory / "training", directory / "evaluation", last_only=True)
-        report = json.loads((directory / "evaluation" / "report.json").read_text())["final"][gate.estimator]
+        document = json.loads((directory / "evaluation" / "report.json").read_text())
+        report, mdps = document["final"][gate.estimator], document["diagnostics"]["held_out_mdps"]
         if "refused" in report:
             raise StageError(f"sweep: the gate's estimator {gate.estimator} is refused: {report['refused']}")
+        if mdps < FEWEST_MDPS:
+            raise StageError(f"sweep: {mdps} MDPs to judge a trial by are too few for an interval; log more")
         found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
     except (StageError, TransientError) as error:
         found["failed"] = str(error).splitlines()[0]
@@ -162,9 +169,10 @@ def _of_trials(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"seed": (spec.seed + 1) % 2**31})
 
 
-def _identity(spec: JobSpec, features: Path, normalization: Path) -> str:
+def _identity(spec: JobSpec, features: Path, normalization: Path, warm_start: str) -> str:
     """What trials depend on."""
     records = [(directory / RECORD).read_text() for directory in (features, normalization)]
+    records += [(Path(warm_start) / DESCRIPTION).read_text()] if warm_start else []
     return hashlib.sha256("".join([spec.deciding(), code_version(), *records]).encode()).hexdigest()
 
 

@@ -91,7 +91,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Trials whose value is known without any training; a small learning rate cannot be judged."""
     asked: list[dict[str, Any]] = []
 
-    def train(spec: JobSpec, features: Path, normalization: Path, output: Path, part: str, laid_out: Path) -> None:
+    def train(
+        spec: JobSpec, features: Path, normalization: Path, output: Path, warm_start: str, part: str, laid_out: Path
+    ) -> None:
         to_learn_from, _ = load_transitions(features, spec).split(spec)
         np.testing.assert_array_equal(open_columns(laid_out)[0].state, to_learn_from.state)
         asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs})
@@ -102,7 +104,8 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         output.mkdir(parents=True)
         value = -((np.log10(spec.algorithm.learning_rate) + 2) ** 2)
         found = {"reward": {"value": value, "low": value - 1, "high": value + 1, "relative": None}}
-        (output / "report.json").write_text(json.dumps({"final": {"stepwise_doubly_robust": found}}))
+        document = {"final": {"stepwise_doubly_robust": found}, "diagnostics": {"held_out_mdps": 100}}
+        (output / "report.json").write_text(json.dumps(document))
 
     monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(module, "evaluate", evaluate)
@@ -117,10 +120,11 @@ def ranged(trials: int, **changes: Any) -> JobSpec:
 def test_a_trial_whose_workers_are_lost_is_tried_once_more(
     stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trains, rates = module.train, []
+    trains, rates, parts = module.train, [], []
 
     def train(spec: JobSpec, *arguments: Any, **more: Any) -> None:
         rates.append(spec.algorithm.learning_rate)
+        parts.append(more["part"])
         if len(rates) in (1, 3, 4):
             raise TransientError("training: the workers ended as FAILED\n  look there")
         trains(spec, *arguments, **more)
@@ -131,6 +135,15 @@ def test_a_trial_whose_workers_are_lost_is_tried_once_more(
     lost = "training: the workers ended as FAILED"
     assert [trial["failed"] for trial in tried] == ["training diverges", lost, None]
     assert rates[0] == rates[1] != rates[2] == rates[3] != rates[4]
+    assert parts == ["-t0", "-t0b", "-t1", "-t1b", "-t2"], "by its name, a cluster would find what has failed"
+
+
+def test_a_trial_that_few_mdps_could_judge_is_none(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FEWEST_MDPS", 101)
+    with pytest.raises(StageError, match="100 MDPs to judge a trial by are too few for an interval"):
+        search(ranged(2, low=1e-3), stages / "features", stages / "normalization", tmp_path / "work")
 
 
 def test_a_range_is_searched_where_it_pays(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:
