@@ -46,6 +46,8 @@ EPISODES = 100
 GLANCE = 20
 """Episodes of a look in between."""
 FRESH = 1_000_000
+APART = 100_003
+"""Seeds of environments: copies of one begin by a seed, the next one, and so on, which others' seeds must not be."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ def learn_online(
             return held.next(rng)
         return rng.uniform(-1, 1, (settings.copies, len(low))).astype(np.float32)
 
-    raw, _ = played.reset(seed=seed)
+    raw, _ = played.reset(seed=seed * APART)
     state = torch.from_numpy(raw.astype(np.float32))
     replay = Replay(max(settings.capacity // settings.copies, 2), state.numpy(), random_actions())
     decided = np.ones(settings.copies, bool)
@@ -311,10 +313,15 @@ def learn_online(
             state = learned.network.normalization(state)
         owed += settings.copies * settings.updates
         while owed >= 1:
-            trainer.step(replay.sample(settings.batch, steps, settings.discount, rng))
+            loss, _ = trainer.step(replay.sample(settings.batch, steps, settings.discount, rng))
             owed -= 1
         if done - last_look >= settings.look_every or done >= settings.decisions:
             last_look = done
+            if not loss.isfinite():
+                raise JobError(
+                    f"learning diverges: after {done:,} decisions the loss is {loss:g}; lower learningRate or "
+                    "targetUpdateRate"
+                )
             mean = float(np.mean(greedy_returns(environment, learned.network, GLANCE, seed + FRESH)))
             learned.looks.append({"decisions": done, "mean_return": mean})
             progress(min(done, settings.decisions), settings.decisions, f"greedy return {mean:.1f}")
@@ -369,7 +376,7 @@ def greedy_returns(environment: str, network: nn.Module, episodes: int, seed: in
     discrete = isinstance(played.single_action_space, gymnasium.spaces.Discrete)
     was_training = network.training
     network.eval()
-    state, _ = played.reset(seed=seed)
+    state, _ = played.reset(seed=seed * APART)
     running, returns = np.ones(episodes, bool), np.zeros(episodes)
     while running.any():
         with torch.no_grad():
@@ -386,7 +393,7 @@ def random_return(environment: str, seed: int, episodes: int = EPISODES) -> floa
     """Mean return of actions that are drawn at random."""
     played = make(environment, episodes)
     played.action_space.seed(seed)
-    played.reset(seed=seed)
+    played.reset(seed=seed * APART)
     running, returns = np.ones(episodes, bool), np.zeros(episodes)
     while running.any():
         _, reward, terminated, truncated, _ = played.step(played.action_space.sample())

@@ -14,7 +14,7 @@ from components.training.store import Store
 from components.training.trainer import Trainer
 from contracts.job import Algorithm
 from simulation.offline import FRESH, LOGGED
-from simulation.online import EPISODES, greedy_returns, make
+from simulation.online import APART, EPISODES, greedy_returns, make
 from simulation.standardized import standardized
 
 ENVIRONMENT, LENGTH, TORQUE = "Pendulum-v1", 200, 2.0
@@ -46,7 +46,7 @@ def logged(log: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States [E, LENGTH + 1, 3], torques [E, LENGTH, 1] and rewards [E, LENGTH] of episodes played side by side."""
     episodes = ROWS // LENGTH
     played, rng = make(ENVIRONMENT, episodes), np.random.default_rng(seed)
-    state, _ = played.reset(seed=seed)
+    state, _ = played.reset(seed=seed * APART)
     states, torques, rewards = [state], [], []
     for _ in range(LENGTH):
         noise = rng.uniform(-TORQUE, TORQUE, (episodes, 1))

@@ -12,7 +12,17 @@ from components.training.algorithms.build import build_learner, build_network
 from components.training.bundle import read_bundle
 from contracts.job import JobError
 from simulation import online
-from simulation.online import Held, Replay, Settings, actions_of, learn_online, make, normalization_of, settings_for
+from simulation.online import (
+    Held,
+    Replay,
+    Settings,
+    actions_of,
+    greedy_returns,
+    learn_online,
+    make,
+    normalization_of,
+    settings_for,
+)
 from simulation.standardized import standardized
 from simulation.studies import ONLINE, STUDIES
 
@@ -108,6 +118,21 @@ def test_the_same_seed_plays_and_learns_the_same() -> None:
     assert first.returns != other.returns
     weights = [torch.cat([p.flatten() for p in each.network.parameters()]) for each in (first, again)]
     assert torch.equal(*weights)
+
+
+def test_no_two_seeds_play_the_same_episodes() -> None:
+    still = torch.nn.Linear(3, 1)
+    torch.nn.init.zeros_(still.weight)
+    torch.nn.init.zeros_(still.bias)
+    returns = [greedy_returns("Pendulum-v1", still, 20, seed) for seed in (0, 1, 0)]
+    assert returns[0] == returns[2]
+    assert not set(returns[0]) & set(returns[1])
+
+
+def test_learning_that_runs_away_says_so() -> None:
+    settings, made = settings_for("Pendulum-v1", "ddpg", {"hiddenLayers": [8], "learningRate": 1e30}, decisions=4000)
+    with pytest.raises(JobError, match=r"learning diverges: after [0-9,]+ decisions the loss is (nan|inf)"):
+        learn_online("Pendulum-v1", made, settings, seed=0)
 
 
 def test_what_was_learned_is_kept_as_a_policy_bundle(tmp_path: Any) -> None:
