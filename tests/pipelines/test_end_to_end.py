@@ -168,7 +168,10 @@ def test_the_same_seed_gives_the_same_weights_and_finished_stages_are_not_redone
 
 
 def test_a_job_that_now_rewards_harm_is_stopped_by_the_gate_and_without_it_rolled_back(promoted, workplace):
-    harmful = (EXAMPLES / "cartpole-harmful.yaml").read_text().replace("name: cartpole-harmful", "name: cartpole")
+    # Harm is told by rough values, too.
+    changes = ("name: cartpole-harmful", "name: cartpole"), ("  evaluation:\n", "  evaluation:\n    fittedQSteps: 50\n")
+    text = (EXAMPLES / "cartpole-harmful.yaml").read_text()
+    harmful = functools.reduce(lambda text, change: text.replace(*change), changes, text)
     path = workplace / "harmful.yaml"
     path.write_text(harmful)
     stopped = bluewhale("run", path, cwd=workplace)
@@ -178,8 +181,7 @@ def test_a_job_that_now_rewards_harm_is_stopped_by_the_gate_and_without_it_rolle
     assert result(workplace, "cartpole")["verdict"] == "stopped_by_gate"
     assert "rollout" not in result(workplace, "cartpole")
 
-    changes = ("enabled: true", "enabled: false"), ("  evaluation:\n", "  evaluation:\n    fittedQSteps: 50\n")
-    path.write_text(functools.reduce(lambda text, change: text.replace(*change), changes, harmful))
+    path.write_text(harmful.replace("enabled: true", "enabled: false"))
     rolled_back = bluewhale("run", path, cwd=workplace)
     assert rolled_back.returncode == 4, rolled_back.stderr
     rollout = result(workplace, "cartpole")["rollout"]
@@ -195,6 +197,9 @@ def small_job(workplace: Path, name: str, **data: object) -> Path:
     job["spec"]["training"] |= {"epochs": 2, "stepsPerEpoch": 50}
     # Too little training for a good policy: what is asked here is whether the run comes to its end.
     job["spec"]["evaluation"] |= {"fittedQSteps": 50, "gate": {"enabled": False, "metric": "balanced"}}
+    # Values that reach less far are fitted in a tenth of the steps.
+    job["spec"]["reward"]["discount"] = 0.9
+    job["spec"]["deploy"]["canary"]["weights"] = [0.5, 1.0]
     if data:
         del job["spec"]["simulation"]
         job["spec"]["data"] |= data
