@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 
 from components.training.worker import LOOKING_AHEAD
@@ -15,8 +13,11 @@ LOOKED_AT, FEW = 10_000, 0.01
 """Decisions whose returns are looked at, and the share of them that may lie beyond the atoms, as outliers do."""
 
 
-def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
-    """Raise `StageError` for a log that the job's algorithm cannot learn from, by the `rewards`, [N], that it would."""
+def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[str]:
+    """Raise `StageError` for a log that the job's algorithm cannot learn from, by the `rewards`, [N], that it would.
+
+    Returns what people should be warned of.
+    """
     if only := _only_action(data):
         raise StageError(
             f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
@@ -59,7 +60,8 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> None:
                 f"have taken, and so nothing of the {learns}; log them{without}"
             )
         alone = f"{(~lists.logged).sum():,} of {len(data):,} decisions"
-        print(f"possible_actions: {alone} have none, as if nothing else had been possible", file=sys.stderr)
+        return [f"possible_actions: {alone} have none, as if nothing else had been possible"]
+    return []
 
 
 def _within_atoms(algorithm: C51, returns: np.ndarray) -> None:

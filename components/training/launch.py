@@ -86,7 +86,9 @@ def train(
     ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
         data, digest = open_columns(columns)
-        check_fits(data, spec, rewards_to_learn_from(data, spec))
+        warnings = check_fits(data, spec, rewards_to_learn_from(data, spec))
+        for warning in warnings:
+            print(warning, file=sys.stderr, flush=True)
         files = sorted(Path(normalization).glob("*spec.json"))
         files += Path(warm_start).glob(DESCRIPTION) if warm_start else []
         texts = [file.read_text() for file in files]
@@ -123,7 +125,7 @@ def train(
             "workers": workers.max,
             "transitions": bundle["provenance"]["transitions"],
             "warm_start": bundle["provenance"]["warm_start"],
-            "warnings": bundle["provenance"]["warnings"],
+            "warnings": warnings + bundle["provenance"]["warnings"],
             **(known or {}),
         }
 

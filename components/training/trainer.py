@@ -22,7 +22,7 @@ class Trainer:
         """`compiled`: make loss and gradients machine code at the first step. That needs batches of one shape, and a
         loss that asks no value which way to go."""
         self.learner = learner
-        self.call: Callable[[Batch], tuple[Tensor, Tensor]] = learner
+        self.call: Callable[[Batch], tuple[Tensor, Tensor, Tensor]] = learner
         """The learner, or what calls it and averages gradients over the workers; a compiled one is not called."""
         self.average: Callable[[list[Tensor]], Sequence[Tensor]] = list
         """Of a compiled learner's gradients, those over all workers."""
@@ -34,13 +34,13 @@ class Trainer:
         self._gradients = compile_gradients(learner) if compiled else None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Update the network; returns the loss, a scalar, and the scores of the logged actions, [B]."""
+        """Update the network; returns what people watch of the loss, a scalar, and the logged actions' scores, [B]."""
         if self._gradients:
-            gradients, (loss, scores) = self._gradients(batch)
+            gradients, (scores, watched) = self._gradients(batch)
             for weight, gradient in zip(self._weights, self.average(gradients), strict=True):
                 weight.grad = gradient
         else:
-            loss, scores = self.call(batch)
+            loss, scores, watched = self.call(batch)
             if self.optimizer:
                 for weight in self._weights:
                     weight.grad = None
@@ -48,7 +48,7 @@ class Trainer:
         if self.optimizer:
             self._descend(self.optimizer)
         self.learner.follow()
-        return loss.detach(), scores
+        return watched, scores
 
     def _descend(self, optimizer: torch.optim.Adam) -> None:
         known = [state for weight in self._weights if (state := optimizer.state.get(weight))]
@@ -100,15 +100,16 @@ Gradients = Callable[[Batch], tuple[list[Tensor], tuple[Tensor, Tensor]]]
 
 
 def compile_gradients(learner: Learner) -> Gradients:
-    """Batch -> gradients of the loss by the network's weights, and what the learner returns: one graph of machine code.
+    """Batch -> gradients of the loss by the network's weights, and what the learner returns beside it: one graph of
+    machine code.
 
     Compiled apart, as torch does with a module and its way back, a small step is mostly what lies between the two.
     """
     names = [f"network.{name}" for name, _ in learner.network.named_parameters()]
 
     def loss(weights: list[Tensor], batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        found = functional_call(learner, dict(zip(names, weights, strict=True)), (batch,))
-        return found[0], found
+        found, *beside = functional_call(learner, dict(zip(names, weights, strict=True)), (batch,))
+        return found, tuple(beside)
 
     # Of weights that want gradients, torch would make ready for gradients of gradients.
     weights = [weight.detach() for weight in learner.network.parameters()]

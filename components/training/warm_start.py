@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,23 +27,29 @@ def start_from(
     normalization: NormalizationSpec,
     actions: Actions,
     algorithm: Algorithm,
+    valued_by: dict[str, Any],
 ) -> str:
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
     Features of the state or of items, and values of an enum, that are new since then begin without a weight, so that
     the policy is the same at first, but for features' scales, which follow the log. Raises `StageError`, and changes
-    nothing, where the bundle does not fit: algorithm, actions or layers are others, or a feature is gone or of another
-    type.
+    nothing, where the bundle does not fit: algorithm, actions or layers are others, a feature is gone or of another
+    type, or values are of other rewards or another discount than those that the job's are `valued_by`.
     """
     bundle = read_bundle(directory)
     if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
         raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
+    if not isinstance(algorithm.config, BehaviourCloning):
+        # Values many times too large would be taken for such as feed on themselves.
+        for name, ours in valued_by.items():
+            if (theirs := bundle.provenance.get(name, ours)) != ours:
+                raise StageError(f"{directory}: its values are of {name} {theirs}, and this job's of {ours}")
     taken = _places(bundle, network, normalization, actions, directory)
-    theirs = dict(bundle.network.named_parameters())
+    known = dict(bundle.network.named_parameters())
     moments = _read_moments(Path(directory) / OPTIMIZER)
     with torch.no_grad():
-        for name, ours in network.named_parameters():
-            ours.copy_(_moved(theirs[name], ours, taken, name in _by_input(network)))
+        for name, parameter in network.named_parameters():
+            parameter.copy_(_moved(known[name], parameter, taken, name in _by_input(network)))
     _take_moments(moments, network, optimizer, taken)
     added = _inputs(normalization, actions) - len(taken)
     more = f", {added} of its inputs new" if added else ""

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,21 @@ def rewards_to_learn_from(data: Transitions, spec: JobSpec) -> np.ndarray:
     return (rewards * spec.training.reward_scale).astype(np.float32)
 
 
-def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> Actions:
+def valued_by(spec: JobSpec) -> dict[str, Any]:
+    """What values are of, by its names in a bundle's provenance."""
+    clip = spec.training.reward_clip
+    return {
+        "metric_weights": spec.reward.metric_weights,
+        "discount": spec.reward.discount,
+        "discount_interval": spec.reward.discount_interval,
+        "reward_clip": [clip.low, clip.high] if clip else None,
+        "reward_scale": spec.training.reward_scale,
+    }
+
+
+def find_actions(
+    data: Transitions, spec: JobSpec, normalization_dir: Path, warn: Callable[[str], None] = print
+) -> Actions:
     """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
     if spec.action_space == "discrete":
         return Actions(list(spec.actions))
@@ -89,9 +104,7 @@ def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path) -> A
         if low == high:
             raise StageError(f"action: {name} is {low:g} in all decisions: set actionBounds.{name}, or leave it out")
         if outside := int(((data.action[:, i] < low) | (data.action[:, i] > high)).sum()):
-            print(
-                f"actionBounds.{name}: {outside:,} logged values lie outside, and are not learned from", file=sys.stderr
-            )
+            warn(f"actionBounds.{name}: {outside:,} logged values lie outside, and are not learned from")
         bounds.append((low, high))
     return Actions(data.actions, bounds)
 
@@ -249,7 +262,7 @@ def run_worker(
     data, digest = open_columns(columns)
     algorithm = spec.algorithm
     rewards = rewards_to_learn_from(data, spec)
-    actions = find_actions(data, spec, normalization_dir)
+    actions = find_actions(data, spec, normalization_dir, warn)
     # Fixed atoms bound the values themselves; soft values hold entropy, too.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     discounts = data.discount(spec.reward)
@@ -271,7 +284,8 @@ def run_worker(
     started_from = None
     if warm_start and trainer.optimizer:
         try:
-            started_from = start_from(warm_start, network, trainer.optimizer, normalization, actions, algorithm)
+            given = network, trainer.optimizer, normalization, actions, algorithm, valued_by(spec)
+            started_from = start_from(warm_start, *given)
             learner.catch_up()
         except StageError as error:
             warn(f"no warm start, training begins anew: {error}")
@@ -280,8 +294,8 @@ def run_worker(
     done = load_checkpoint(trainer, output / CHECKPOINTS)
     check_alike(trainer, done, device)
     shuffled = Shuffled(usable, spec.training.batch_size, spec.seed, rank, workers)
-    given, epochs = spec.training.steps_per_epoch, spec.training.epochs
-    ends = [given * epoch for epoch in range(1, epochs + 1)] if given else shuffled.ends(epochs)
+    steps, epochs = spec.training.steps_per_epoch, spec.training.epochs
+    ends = [steps * epoch for epoch in range(1, epochs + 1)] if steps else shuffled.ends(epochs)
     epoch = bisect_right(ends, done)
     shared.share(shuffled.first, shuffled.end, spec.training.batch_size, lists=actions.described is not None)
     if workers > 1:
@@ -296,9 +310,7 @@ def run_worker(
         "transitions": len(usable),
         "mdps": int(np.unique(data.mdp).size),
         "workers": workers,
-        "metric_weights": spec.reward.metric_weights,
-        "discount": spec.reward.discount,
-        "discount_interval": spec.reward.discount_interval,
+        **valued_by(spec),
         "warm_start": started_from,
         "warnings": warnings,
     }

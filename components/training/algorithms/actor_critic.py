@@ -98,12 +98,12 @@ class DDPGLearner(BootstrappingLearner):
         super().__init__(network, config.target_update_rate)
         self.config = config
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             wanted = batch.reward + batch.discount * self.next_value(batch)
         values = self.network.critics(batch.state, batch.action)
         loss = functional.mse_loss(values, wanted.expand_as(values), reduction="none").mean(1).sum()
-        return loss + self.actor_loss(batch), values[0].detach()
+        return loss + self.actor_loss(batch), values[0].detach(), loss.detach()
 
     def next_value(self, batch: Batch) -> Tensor:
         """[B]: of the next state, under the policy."""

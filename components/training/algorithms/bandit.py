@@ -140,7 +140,7 @@ class LinearBandit(Learner):
     def set_extra_state(self, state: Tensor) -> None:
         self.seen = int(state)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         expected = taken(self.network.rewards(batch.state), batch.action, None)
         mine = len(batch.reward)
         first, whole = shared.place(mine)
@@ -149,7 +149,8 @@ class LinearBandit(Learner):
         self.seen += whole
         with torch.no_grad():
             self.network.rewards.add(batch.state[:new], batch.action[:new], batch.reward[:new])
-        return functional.mse_loss(expected, batch.reward), expected
+        loss = functional.mse_loss(expected, batch.reward)
+        return loss, expected, loss
 
     def settle(self) -> None:
         self.network.rewards.settle()
@@ -166,10 +167,10 @@ class LogisticBandit(Learner):
     served by epsilon-greedy, Sutton and Barto 2018, section 2.2).
     """
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         logit = taken(self.network(batch.state), batch.action, None)
         loss = functional.binary_cross_entropy_with_logits(logit, batch.reward)
-        return loss, torch.sigmoid(logit.detach())
+        return loss, torch.sigmoid(logit.detach()), loss.detach()
 
     def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         logged, own, action = super().examine(batch)

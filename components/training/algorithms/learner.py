@@ -62,7 +62,8 @@ class Batch:
 
 
 class Learner(nn.Module):
-    """What a step of an optimizer lowers: a call with a batch returns the loss and the scores of logged actions, [B].
+    """What a step of an optimizer lowers: a call with a batch returns the loss; the scores of logged actions, [B]; and,
+    without a gradient, what people watch of the loss, of values their distance to their targets alone.
 
     `network` maps normalized features to a score for each action, on which the served policy acts.
     """

@@ -194,7 +194,7 @@ class SlateQLearner(BootstrappingLearner):
         super().__init__(network, config.target_update_rate)
         self.config = config
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(batch.possible, Listed)
         assert isinstance(batch.next_possible, Listed)
         assert batch.chosen is not None
@@ -208,8 +208,8 @@ class SlateQLearner(BootstrappingLearner):
         value, appeal = judge_slates(self.network, batch.state, batch.action, batch.possible).unbind(2)
         q = value.gather(1, batch.chosen.unsqueeze(1)).squeeze(1)
         # Squared, not Huber's: of skewed rewards, such as the time that people stay, the mean is wanted.
-        loss = functional.mse_loss(q, wanted) + functional.cross_entropy(appeal, batch.chosen)
-        return loss, q.detach()
+        loss = functional.mse_loss(q, wanted)
+        return loss + functional.cross_entropy(appeal, batch.chosen), q.detach(), loss.detach()
 
     def examine(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Values of the choices made, [B], and what the best slates are worth, [B], and those, [B, k]."""

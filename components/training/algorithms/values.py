@@ -28,10 +28,10 @@ class BehaviourCloner(Learner):
     Minimizes -log pi(a | s), with pi a softmax of the scores over the possible actions.
     """
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         scores = score(self.network, batch.state, batch.possible)
         loss = negative_log_likelihood(scores, batch.action, batch.possible)
-        return loss, taken(scores, batch.action, batch.possible).detach()
+        return loss, taken(scores, batch.action, batch.possible).detach(), loss.detach()
 
 
 class DQNLearner(BootstrappingLearner):
@@ -47,14 +47,14 @@ class DQNLearner(BootstrappingLearner):
         super().__init__(network, config.target_update_rate)
         self.config = config
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             scores = score(self.target, batch.next_state, batch.next_possible)
             following = taken(scores, self.next_action(batch, scores), batch.next_possible)
             wanted = batch.reward + batch.discount * following
         q, penalty = self.value_and_penalty(batch)
         loss = functional.smooth_l1_loss(q, wanted)
-        return loss if penalty is None else loss + penalty, q.detach()
+        return loss if penalty is None else loss + penalty, q.detach(), loss.detach()
 
     def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
         """int64 [B]: the action whose value at the next state the target adds; `by_target` are the scores of Q'."""
@@ -91,7 +91,7 @@ class BCQLearner(DQNLearner):
     network: ConstrainedNetwork
     target: ConstrainedNetwork
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             # What may be chosen is said by the network that learns; the value is that of the one that follows.
             values = self.target.values(batch.next_state)
@@ -101,7 +101,8 @@ class BCQLearner(DQNLearner):
         logits = self.network.imitation(batch.state)
         imitation = negative_log_likelihood(logits, batch.action, batch.possible)
         # A logit that grows without bound says nothing more (the paper's own code regularizes it so).
-        return functional.smooth_l1_loss(q, wanted) + imitation + 1e-2 * logits.square().mean(), q.detach()
+        loss = functional.smooth_l1_loss(q, wanted)
+        return loss + imitation + 1e-2 * logits.square().mean(), q.detach(), loss.detach()
 
     def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
         if self.config.next_action == "logged":
@@ -127,7 +128,7 @@ class C51Learner(DQNLearner):
     network: CategoricalNetwork
     target: CategoricalNetwork
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         atoms = self.network.get_buffer("atoms")
         width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
         with torch.no_grad():
@@ -140,7 +141,8 @@ class C51Learner(DQNLearner):
             near = (1 - (place.unsqueeze(2) - torch.arange(len(atoms), device=atoms.device)).abs()).clamp(min=0)
             wanted = (mass.unsqueeze(2) * near).sum(1)
         predicted = score_taken(self.network.logits, batch.state, batch.action, batch.possible)
-        return functional.cross_entropy(predicted, wanted), self.network.expected(predicted).detach()
+        loss = functional.cross_entropy(predicted, wanted)
+        return loss, self.network.expected(predicted).detach(), loss.detach()
 
 
 class QRDQNLearner(DQNLearner):
@@ -149,7 +151,7 @@ class QRDQNLearner(DQNLearner):
     network: QuantileNetwork
     target: QuantileNetwork
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             quantiles = score(self.target.quantiles, batch.next_state, batch.next_possible)
             ahead = taken(quantiles, self.next_action(batch, quantiles.mean(-1)), batch.next_possible)
@@ -161,4 +163,5 @@ class QRDQNLearner(DQNLearner):
         size = difference.abs()
         huber = torch.where(size > 1, size - 0.5, 0.5 * size.square())
         weight = (level.unsqueeze(1) - (difference.detach() < 0).float()).abs()
-        return (weight * huber).mean(2).sum(1).mean(), predicted.detach().mean(1)
+        loss = (weight * huber).mean(2).sum(1).mean()
+        return loss, predicted.detach().mean(1), loss.detach()

@@ -49,7 +49,7 @@ def start(
     actions: Actions = ACTIONS,
 ) -> str:  # fmt: skip
     made = Algorithm.model_validate(algorithm)
-    return start_from(str(bundle), network, trainer.optimizer, normalization, actions, made)
+    return start_from(str(bundle), network, trainer.optimizer, normalization, actions, made, {})
 
 
 def learn(trainer: Trainer, network: Normalized, rows: torch.Tensor) -> None:
@@ -126,14 +126,14 @@ def test_new_features_of_items_change_nothing_at_first(
     bundle = tmp_path / "bundle"
     write_bundle(bundle, before, made, BEFORE, then, PolicyHead(), {})
     trainer = Trainer(build_learner(made, network), 0.01)
-    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, now, made)
+    assert start_from(str(bundle), network, trainer.optimizer, BEFORE, now, made, {})
     assert "3 of its inputs new" in capsys.readouterr().err  # place and its two values
     state = torch.tensor([[0.5, 1.0], [3.0, 2.0]])
     scores = before(state, torch.tensor([[0.5, 1.0], [7.0, 2.0]]))
     torch.testing.assert_close(network(state, torch.tensor([[1.0, 1.0, 0.5], [2.0, 2.0, 7.0]])), scores)
     gone = Actions([], described=spec(colour))
     with pytest.raises(StageError, match=r"x \(continuous\) is gone"):
-        start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made)
+        start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made, {})
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,31 @@ def test_a_policy_that_does_not_fit_is_refused_and_says_why(
     with pytest.raises(StageError, match=re.escape(said)):
         start(bundle, network, trainer, now, algorithm, actions)
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"metric_weights": {"sale": 0.01}}, "its values are of metric_weights {'sale': 1.0}, and this job's of"),
+        ({"discount": 0.9}, "its values are of discount 0.99, and this job's of 0.9"),
+        ({"reward_clip": [0.0, 1.0]}, "its values are of reward_clip None"),
+    ],
+)
+def test_values_of_other_rewards_are_refused(
+    tmp_path: Path, algorithm: dict[str, Any], changed: dict[str, Any], said: str
+) -> None:
+    was = {"metric_weights": {"sale": 1.0}, "discount": 0.99, "reward_clip": None}
+    for name, settings, refused in (("values", algorithm, True), ("clone", {"behaviourCloning": {}}, False)):
+        made = Algorithm.model_validate(settings)
+        network, trainer = begun(settings, BEFORE)
+        write_bundle(tmp_path / name, network, made, BEFORE, ACTIONS, PolicyHead(), was, trainer.optimizer)
+        given = network, trainer.optimizer, BEFORE, ACTIONS, made
+        assert start_from(str(tmp_path / name), *given, was)
+        if refused:
+            with pytest.raises(StageError, match=re.escape(said)):
+                start_from(str(tmp_path / name), *given, was | changed)
+        else:
+            assert start_from(str(tmp_path / name), *given, was | changed), "a clone knows of no reward"
 
 
 def test_another_algorithms_policy_is_refused(tmp_path: Path, bundle: Path) -> None:

@@ -97,14 +97,15 @@ def test_a_sampled_actions_density_is_that_of_the_squashed_gaussian() -> None:
 
 def test_the_target_is_the_value_of_what_the_actor_would_do_next() -> None:
     learner = DDPGLearner(network(0.25, (2.0, 1.0)), DDPG())
-    loss, q = learner(batch())
+    loss, q, watched = learner(batch())
     wanted = 1.0 + 0.5 * (1 + 2 * 0.25)
     assert q.item() == pytest.approx(1 + 2 * 0.5)
     assert loss.item() == pytest.approx((q.item() - wanted) ** 2 - (1 + 2 * 0.25), rel=1e-5)
+    assert watched.item() == pytest.approx((q.item() - wanted) ** 2, rel=1e-5), "the actor's part is no distance"
 
 
 def test_nothing_follows_a_terminal_step() -> None:
-    loss, q = DDPGLearner(network(0.25, (2.0, 1.0)), DDPG())(batch(terminal=True))
+    loss, q, _ = DDPGLearner(network(0.25, (2.0, 1.0)), DDPG())(batch(terminal=True))
     assert loss.item() == pytest.approx((q.item() - 1.0) ** 2 - 1.5, rel=1e-5)
 
 

@@ -120,10 +120,10 @@ def test_the_value_of_what_was_chosen_moves_towards_the_next_slates_worth(
     mass = np.exp([*shown, 0])
     ahead = (mass * [10 * shown[0], 10 * shown[1], 1]).sum() / mass.sum()
     appeal = np.exp([2, 0, 0])[chosen] / np.exp([2, 0, 0]).sum()
-    loss, mean = learner(batch(terminal=False, chosen=chosen))
+    loss, mean, _ = learner(batch(terminal=False, chosen=chosen))
     assert mean.item() == q
     assert loss.item() == pytest.approx((q - 1 - 0.5 * ahead) ** 2 - np.log(appeal), rel=1e-4)
-    ended, _ = learner(batch(terminal=True, chosen=chosen))
+    ended, *_ = learner(batch(terminal=True, chosen=chosen))
     assert ended.item() == pytest.approx((q - 1) ** 2 - np.log(appeal), rel=1e-4)
 
 

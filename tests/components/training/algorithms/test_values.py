@@ -84,14 +84,14 @@ def huber(difference: float) -> float:
 def test_the_target_is_the_value_of_the_chosen_possible_action(
     double: bool, possible: list[bool], following: float
 ) -> None:
-    loss, q = learner(double)(batch(possible))
+    loss, q, _ = learner(double)(batch(possible))
     assert loss.item() == pytest.approx(huber(1.0 + 0.5 * following))
     assert q.item() == 0
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_the_target_may_be_the_value_of_the_logged_action(double: bool) -> None:
-    loss, _ = learner(double, nextAction="logged")(batch())
+    loss, *_ = learner(double, nextAction="logged")(batch())
     assert loss.item() == pytest.approx(huber(1.0 + 0.5 * 10.0))
 
 
@@ -102,7 +102,7 @@ def test_nothing_follows_a_terminal_step(double: bool) -> None:
 
 
 def test_after_a_terminal_step_nothing_need_be_possible() -> None:
-    loss, _ = learner(True)(batch(possible=[False] * 3, terminal=True, reward=0.75))
+    loss, *_ = learner(True)(batch(possible=[False] * 3, terminal=True, reward=0.75))
     assert loss.item() == pytest.approx(huber(0.75))
 
 
@@ -115,7 +115,7 @@ def test_only_the_logged_actions_value_is_moved_towards_the_target() -> None:
 
 def test_each_transition_has_a_discount_of_its_own() -> None:
     late = replace(batch(), discount=torch.tensor([0.125]))
-    loss, _ = learner(False)(late)
+    loss, *_ = learner(False)(late)
     assert loss.item() == pytest.approx(huber(1.0 + 0.125 * 30.0))
 
 
@@ -137,7 +137,7 @@ def test_a_batch_is_averaged() -> None:
         next_possible=torch.ones((2, 3), dtype=torch.bool),
         discount=torch.tensor([0.0, 0.5]),
     )
-    loss, q = learner(True)(two)
+    loss, q, _ = learner(True)(two)
     assert loss.item() == pytest.approx((huber(5.0) + huber(0.5)) / 2)
     assert q.tolist() == [0.0, 3.0]
 
@@ -254,7 +254,7 @@ def test_cql_holds_down_the_actions_that_the_log_lacks() -> None:
 def test_cqls_penalty_by_hand(possible: list[bool]) -> None:
     made = CQLLearner(Table(FAST), CQL(alpha=0.5, nextAction="logged"))
     at_1 = replace(batch(terminal=True), state=torch.tensor([[1.0]]), possible=torch.tensor([possible]))
-    loss, _ = made(at_1)
+    loss, *_ = made(at_1)
     penalty = np.log(np.exp(np.array([1.0, 2.0, 3.0])[possible]).sum()) - 2.0
     assert loss.item() == pytest.approx(huber(1.0 - 2.0) + 0.5 * penalty)
 
@@ -333,7 +333,7 @@ def test_c51_shares_the_mass_between_the_nearest_atoms(reward: float, terminal: 
         possible=torch.tensor([[True] * 2]),
         next_possible=torch.tensor([[True] * 2]),
     )
-    loss, expected = made(one)
+    loss, expected, _ = made(one)
     predicted = torch.softmax(table.values[0, 1], 0).detach().numpy()
     assert loss.item() == pytest.approx(-(np.array(wanted) * np.log(predicted)).sum(), rel=1e-5)
     assert expected.item() == pytest.approx((predicted * [0, 1, 2]).sum(), rel=1e-5)
@@ -343,7 +343,7 @@ def test_qr_dqns_loss_by_hand() -> None:
     table = Rows([[[0.0, 0.0], [1.0, 4.0]], [[10.0, 20.0], [2.0, 6.0]]])
     made = QRDQNLearner(QuantileNetwork(table), QRDQN(quantiles=2))  # type: ignore[arg-type]
     one = replace(batch(reward=1.0), possible=torch.tensor([[True] * 2]), next_possible=torch.tensor([[True, True]]))
-    loss, _ = made(one)
+    loss, *_ = made(one)
     # The best next action has quantiles 10 and 20: targets 6 and 11, against 1 and 4 at levels 0.25 and 0.75.
     parts = [[0.25 * huber(5), 0.25 * huber(10)], [0.75 * huber(2), 0.75 * huber(7)]]
     assert loss.item() == pytest.approx(np.mean(parts, axis=1).sum())
@@ -357,7 +357,7 @@ def test_the_same_seed_gives_the_same_weights(algorithm: dict[str, Any]) -> None
 
 def test_an_impossible_action_has_no_part_in_cloning() -> None:
     one = replace(batch(), state=torch.tensor([[1.0]]), possible=torch.tensor([[True, True, False]]))
-    loss, _ = BehaviourCloner(Table(FAST))(one)
+    loss, *_ = BehaviourCloner(Table(FAST))(one)
     assert loss.item() == pytest.approx(np.log(np.exp(1.0) + np.exp(2.0)) - 2.0)
 
 
