@@ -102,12 +102,14 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
                 f"{spec.data.last_step or ENDED} takes for their end: column would take the log's word"
             )
-        if spec.data.last_step == "column" and not counts["told"]:
+        # Where ends are reported, those go before.
+        guessed = "ended" not in log.columns
+        if guessed and spec.data.last_step == "column" and not counts["told"]:
             document["warnings"].append(
                 "no row of the log has truncated, which data.lastStep column goes by: all last steps are taken for "
                 "ends of their MDPs"
             )
-        if not spec.data.last_step and "ended" not in log.columns and document["lengths"]["maximum"] > 1:
+        if guessed and not spec.data.last_step and document["lengths"]["maximum"] > 1:
             document["warnings"].append(
                 "data.lastStep is not set: all last steps are taken for ends of their MDPs. Say terminal if they are, "
                 "truncated if the log's window cuts MDPs off, column if the log tells"
