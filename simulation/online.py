@@ -286,6 +286,7 @@ def learn_online(
     learner: Learner | None = None
     done, owed, last_look, best = 0, 0.0, 0, -np.inf
     weights: dict[str, Tensor] = {}
+    loss = torch.zeros(())
     while done < settings.decisions:
         if learned is None and done >= settings.warm_up:
             seen = replay.state[: replay.size].flatten(0, 1).numpy()

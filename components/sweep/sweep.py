@@ -172,7 +172,7 @@ def _of_trials(spec: JobSpec) -> JobSpec:
 def _identity(spec: JobSpec, features: Path, normalization: Path, warm_start: str) -> str:
     """What trials depend on."""
     records = [(directory / RECORD).read_text() for directory in (features, normalization)]
-    records += [(Path(warm_start) / DESCRIPTION).read_text()] if warm_start else []
+    records += [path.read_text() for path in Path(warm_start).glob(DESCRIPTION)] if warm_start else []
     return hashlib.sha256("".join([spec.deciding(), code_version(), *records]).encode()).hexdigest()
 
 

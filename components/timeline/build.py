@@ -18,7 +18,7 @@ from components.timeline import state
 from components.timeline.describe import describe
 from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
-from components.timeline.quarantine import DUPLICATE, REASON, not_finite, with_reason
+from components.timeline.quarantine import DUPLICATE, REASON, with_reason
 from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log
 from components.timeline.returns import add_returns, add_returns_over, backwards, so_far, sums_in_one
 from contracts.job import JobSpec
@@ -198,8 +198,9 @@ Names = tuple[list[str], list[str]]
 
 
 def look_at(used: DataFrame) -> Names | None:
-    """The names in the first rows, where all of them have the same ones: then the others will too, most likely."""
-    head = used.select(F.map_keys("state_features"), F.map_keys("metrics")).take(HEAD_ROWS)
+    """The names in the first good rows, where all have the same ones: then the others will too, most likely."""
+    good = used.where(F.col(REASON).isNull())
+    head = good.select(F.map_keys("state_features"), F.map_keys("metrics")).take(HEAD_ROWS)
     if len({(tuple(state or ()), tuple(metrics or ())) for state, metrics in head}) != 1:
         return None
     return head[0][0] or [], head[0][1] or []
@@ -208,9 +209,9 @@ def look_at(used: DataFrame) -> Names | None:
 def all_names(used: DataFrame) -> Names:
     """The names in all rows that are not rejected."""
     # Most rows have the same names: few different sets of them are left to be taken apart.
-    known = F.when(~not_finite("metrics"), F.map_keys("metrics"))
     good = used.where(F.col(REASON).isNull())
-    sets = good.groupBy(F.map_keys("state_features").alias("state"), known.alias("metrics")).count().cache()
+    keys = [F.map_keys(name).alias(of) for name, of in (("state_features", "state"), ("metrics", "metrics"))]
+    sets = good.groupBy(*keys).count().cache()
     names = (
         sets.select(F.lit("state").alias("of"), F.explode("state").alias("name"))
         .union(sets.select(F.lit("metrics"), F.explode("metrics")))

@@ -19,6 +19,7 @@ def join_outcomes(
     or do not say when, are not used: once that time has passed for all, a run over the same days gives the same result
     whenever it is made. Also returns how many reports there were, how many of them could not be read, match no
     decision, or came late, and for how many decisions the wait is `open` still: it goes on beyond the last report.
+    Whether ends are reported at all is told by all reports that had come when the last wait was over.
     Raises `StageError` where the last steps are to be told by a column and nobody tells of any.
     """
     data = data or Data()
@@ -39,9 +40,7 @@ def join_outcomes(
             f"{data.outcome_columns.event_time or 'event_time'}; have it written, name it in "
             "data.outcomeColumns.eventTime, or use all outcomes"
         )
-    in_time = {name: F.when(~F.col("late"), F.col(name)) for name in ("ended", "truncated")}
-    found = matched.agg(F.count("*"), F.count_if("late"), *[F.count(value) for value in in_time.values()]).collect()[0]
-    told = dict(zip(in_time, found[2:], strict=True))
+    found = matched.agg(F.count("*"), F.count_if("late")).collect()[0]
     counts = {
         "reports": reports,
         "unparsable": reports - fine,
@@ -76,10 +75,17 @@ def join_outcomes(
     )
     metrics = F.when(F.col("_metrics").isNull(), F.col("metrics")).otherwise(F.map_concat(kept, F.col("_metrics")))
     joined = joined.withColumns({"metrics": metrics, "truncated": F.coalesce("_truncated", "truncated")})
-    # By what is joined alone: what is reported of other days must not change this one.
-    if not told["ended"]:
+    by_then = readable
+    if wait_seconds is not None:
+        # What is reported when all waits are over must not change what is known of these days.
+        last_decision = log.agg(F.max("event_time").alias("last_decision"))
+        by_then = readable.crossJoin(F.broadcast(last_decision)).where(
+            F.col("event_time") <= F.col("last_decision") + wait
+        )
+    ends, cuts = by_then.agg(F.count("ended"), F.count("truncated")).collect()[0]
+    if not ends:
         if data.last_step == "column" and not (
-            told["truncated"] or log.where(F.col("truncated").isNotNull()).select(F.lit(1)).take(1)
+            cuts or log.where(F.col("truncated").isNotNull()).select(F.lit(1)).take(1)
         ):
             raise StageError(
                 f"data.lastStep column: neither the log nor {path} tells of last steps, by truncated or ended: "

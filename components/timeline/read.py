@@ -36,12 +36,11 @@ _TORN, _TEXT, _AGAIN = "_bluewhale_torn", "_bluewhale_text", "_bluewhale_again"
 numbers belong, the same by their text, null where there is nothing to be read again."""
 DAY_MICROSECONDS = 86_400_000_000
 MICROSECONDS = 1_000_000
-FIRST_MICROSECOND = -62_135_596_800_000_000  # of the year 1
-LAST_MICROSECOND = 253_402_300_799_999_999  # of the year 9999
 FURTHEST = 1 << 62
 """From 0, of sequence numbers: beyond, no number holds what lies between two of them."""
 EARLIEST, LATEST = datetime(1700, 1, 1, tzinfo=UTC), datetime(2260, 1, 1, tzinfo=UTC)
 """Of event times, which Feast counts in nanoseconds since 1970."""
+FIRST_MICROSECOND, LAST_MICROSECOND = (int(time.timestamp()) * MICROSECONDS for time in (EARLIEST, LATEST))
 HEAD_ROWS = 1000
 FRACTIONS = 1 / 3
 """Of the first numbers: fewer are a mistake, and more a unit in which no step is whole."""
@@ -370,15 +369,16 @@ def _conform(
     again = {field.name: field.dataType for field in by_text.fields} if isinstance(by_text, T.StructType) else {}
     unreadable: list[Column] = []
     bounds: dict[str, tuple[Any, Any]] = {
-        "sequence_number": (-FURTHEST, FURTHEST),
-        "event_time": (EARLIEST, LATEST),
+        "sequence_number": (-FURTHEST, FURTHEST - 1),
+        # Of decisions: when an outcome came is compared alone.
+        **({"event_time": (EARLIEST, LATEST)} if "action" in wanted.names else {}),
     }
 
     def read(ours: str, kind: T.DataType, column: str) -> Column:
         given = F.col(f"`{column}`")
         if ours == "sequence_number" and in_millionths:
             value = F.round(F.try_multiply(given.try_cast("decimal(38,9)"), F.lit(MICROSECONDS))).try_cast("bigint")
-            bad: Column | None = given.isNotNull() & value.isNull()
+            bad: Column | None = None
         elif ours == "state_features" and types[column] == kind:
             # Its nulls may stay: a feature that is not known is null later, too.
             value, bad = given, None

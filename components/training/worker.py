@@ -86,9 +86,7 @@ def valued_by(spec: JobSpec) -> dict[str, Any]:
     }
 
 
-def find_actions(
-    data: Transitions, spec: JobSpec, normalization_dir: Path, warn: Callable[[str], None] = print
-) -> Actions:
+def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path, warn: Callable[[str], None]) -> Actions:
     """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
     if spec.action_space == "discrete":
         return Actions(list(spec.actions))
@@ -387,7 +385,8 @@ def learn(
         while figures and looks and (pause or looks[0].is_here()):
             look = looks.popleft()
             seen = look.read()
-            losses.append(seen["td_loss"])
+            # A part of the loss that has run away may be none of what is watched.
+            losses.append(seen["td_loss"] + 0 * seen["gradient_norm"])
             check(seen["q_mean"], seen["q_stddev"], losses, step=look.step)
             figures.write(look, ends[-1])
         epoch += ended

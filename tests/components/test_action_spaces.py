@@ -186,25 +186,27 @@ def test_a_policy_over_numbers_is_judged_by_models_alone(prices: Path) -> None:
 def test_bounds_are_those_of_the_job_or_of_the_log(prices: Path) -> None:
     spec = JobSpec.model_validate(NUMBERS)
     data = load_transitions(prices / "features", spec)
-    assert find_actions(data, spec, prices / "normalization") == Actions(["price"], bounds=[(0.0, 4.0)])
+    assert find_actions(data, spec, prices / "normalization", print) == Actions(["price"], bounds=[(0.0, 4.0)])
     free = JobSpec.model_validate(NUMBERS | {"actionBounds": {}})
-    ((low, high),) = find_actions(data, free, prices / "normalization").bounds or []
+    ((low, high),) = find_actions(data, free, prices / "normalization", print).bounds or []
     assert (low, high) == pytest.approx((0, 4), abs=0.02)
     other = JobSpec.model_validate(NUMBERS | {"actionBounds": {"cost": {"low": 0.0, "high": 1.0}}})
     with pytest.raises(StageError, match=r"actionBounds\.cost: the log's actions have price"):
-        find_actions(data, other, prices / "normalization")
+        find_actions(data, other, prices / "normalization", print)
 
 
 def test_numbers_outside_of_the_bounds_are_not_learned_from(prices: Path) -> None:
     spec = JobSpec.model_validate(NUMBERS | {"actionBounds": {"price": {"low": 1.0, "high": 3.0}}})
     data = load_transitions(prices / "features", spec)
-    actions = find_actions(data, spec, prices / "normalization")
+    warned: list[str] = []
+    actions = find_actions(data, spec, prices / "normalization", warned.append)
     network = build_network(spec.algorithm, NormalizationSpec.read(prices / "normalization" / "spec.json"), actions)
     ones = np.ones(N, np.float32)
     store = build_store(data, network, ones, ones)
     inside = (data.action[:, 0] >= 1) & (data.action[:, 0] <= 3)
     assert store.usable.tolist() == np.flatnonzero(inside).tolist()
     assert 0.4 < inside.mean() < 0.6
+    assert warned == [f"actionBounds.price: {N - inside.sum():,} logged values lie outside, and are not learned from"]
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +455,7 @@ def test_two_workers_learn_what_one_does(shelf: Path, tmp_path: Path) -> None:
 def test_slates_are_learned_on_from_the_day_before(row_of_two: Path) -> None:
     spec, before = JobSpec.model_validate(SLATES), row_of_two / "training" / "policy"
     normalization = NormalizationSpec.read(row_of_two / "normalization" / "spec.json")
-    actions = find_actions(load_transitions(row_of_two / "features", spec), spec, row_of_two / "normalization")
+    actions = find_actions(load_transitions(row_of_two / "features", spec), spec, row_of_two / "normalization", print)
     network = build_network(spec.algorithm, normalization, actions)
     optimizer = torch.optim.Adam(network.parameters())
     assert start_from(str(before), network, optimizer, normalization, actions, spec.algorithm, {})

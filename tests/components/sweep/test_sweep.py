@@ -96,7 +96,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ) -> None:
         to_learn_from, _ = load_transitions(features, spec).split(spec)
         np.testing.assert_array_equal(open_columns(laid_out)[0].state, to_learn_from.state)
-        asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs})
+        asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs, "warm_start": warm_start})
         if spec.algorithm.learning_rate < 1e-4:
             raise StageError("training diverges")
 
@@ -136,6 +136,16 @@ def test_a_trial_whose_workers_are_lost_is_tried_once_more(
     assert [trial["failed"] for trial in tried] == ["training diverges", lost, None]
     assert rates[0] == rates[1] != rates[2] == rates[3] != rates[4]
     assert parts == ["-t0", "-t0b", "-t1", "-t1b", "-t2"], "by its name, a cluster would find what has failed"
+
+
+def test_trials_begin_where_the_job_does(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:
+    given = ranged(2, low=1e-3), stages / "features", stages / "normalization", tmp_path / "work"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bundle.json").write_text(name)
+        search(*given, str(tmp_path / name))
+    search(*given, str(tmp_path / "gone"))
+    assert [Path(each["warm_start"]).name for each in judged] == ["first"] * 2 + ["second"] * 2 + ["gone"] * 2
 
 
 def test_a_trial_that_few_mdps_could_judge_is_none(

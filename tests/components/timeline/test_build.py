@@ -497,17 +497,23 @@ def test_outcomes_that_come_late_are_counted_and_change_nothing(spark, tmp_path)
         assert (counts["late"], counts["open"]) == (late, still)
 
 
-def test_ends_that_are_reported_of_other_decisions_or_late_change_nothing(spark, tmp_path):
-    """Else a run over the same days would give another result once other days' outcomes are there."""
+def test_whether_ends_are_reported_is_told_by_what_had_come_when_all_waits_were_over(spark, tmp_path):
+    """Of others, too. Else a run over the same days would give another result once later outcomes are there."""
     log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=0)]))
     mine = {"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": 1.0}, "event_time": NOON.isoformat()}
-    other = mine | {"mdp_id": "another day's", "ended": True}
-    late = mine | {"ended": True, "event_time": (NOON + timedelta(seconds=61)).isoformat()}
-    for told, lines in (("before", [mine]), ("after", [mine, other, late]), ("mine", [mine | {"ended": True}, other])):
+    ended = mine | {"ended": True}
+    other, late = {"mdp_id": "another day's"}, {"event_time": (NOON + timedelta(seconds=61)).isoformat()}
+    reports = {
+        "none": [mine],
+        "late": [mine, ended | late, ended | other | late],
+        "mine": [ended],
+        "other": [mine, ended | other],
+    }
+    for told, lines in reports.items():
         outcomes = tmp_path / f"{told}.jsonl"
         outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
         frame, _ = join_outcomes(spark, log, str(outcomes), Data(outcomeWaitSeconds=60))
-        assert ("ended" in frame.columns) == (told == "mine")
+        assert ("ended" in frame.columns) == (told in ("mine", "other"))
 
 
 def test_last_steps_that_nobody_tells_of_are_not_guessed(spark, tmp_path):
