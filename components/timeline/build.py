@@ -103,13 +103,13 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
                 f"{spec.data.last_step or ENDED} takes for their end: column would take the log's word"
             )
         # Where ends are reported, those go before.
-        guessed = "ended" not in log.columns
-        if guessed and spec.data.last_step == "column" and not counts["told"]:
+        unreported = "ended" not in log.columns
+        if unreported and spec.data.last_step == "column" and not counts["told"]:
             document["warnings"].append(
                 "no row of the log has truncated, which data.lastStep column goes by: all last steps are taken for "
                 "ends of their MDPs"
             )
-        if guessed and not spec.data.last_step and document["lengths"]["maximum"] > 1:
+        if unreported and not spec.data.last_step and document["lengths"]["maximum"] > 1:
             document["warnings"].append(
                 "data.lastStep is not set: all last steps are taken for ends of their MDPs. Say terminal if they are, "
                 "truncated if the log's window cuts MDPs off, column if the log tells"

@@ -371,8 +371,8 @@ def learn(
     looks: deque[Look] = deque()
     epoch = bisect_right(ends, done)
     for step, batch in enumerate(batches, done + 1):
-        loss, scores = trainer.step(batch)
-        recent.append(loss)
+        watched, scores = trainer.step(batch)
+        recent.append(watched)
         ended = step == ends[epoch]
         looked = ended or step % every == 0
         # Only with a look: the next one is then of the same steps after whichever of them training goes on.
