@@ -15,11 +15,11 @@ from pyspark.sql import types as T
 
 from components.spark import spark_session
 from components.timeline import state
-from components.timeline.describe import describe
+from components.timeline.describe import describe, mdps_by_length
 from components.timeline.outcomes import join_outcomes
 from components.timeline.page import write_page
 from components.timeline.quarantine import DUPLICATE, REASON, with_reason
-from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log
+from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, without_nulls
 from components.timeline.returns import add_returns, add_returns_over, backwards, so_far, sums_in_one
 from contracts.job import JobSpec
 from contracts.progress import report
@@ -86,7 +86,8 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             raise StageError(_too_many(facts, examples, spec, decision_log))
         report(3, 4, "reconciling")
         written = spark.read.schema(columns).parquet(str(directory / "transitions"))
-        kept = written.count()
+        by_length = mdps_by_length(written)
+        kept = sum(row["length"] * row["mdps"] for row in by_length)
         if kept != facts["rows_out"] or sum(reasons.values()) != rejected:
             raise StageError(
                 f"timeline: {rows} rows in, but {kept} out and {sum(reasons.values())} quarantined; the log changed "
@@ -96,7 +97,7 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             why = f"rejected: {reasons}" if rejected else "all were left out by `data`'s sample and limits"
             raise StageError(f"data.decisionLog {decision_log}: no row is left of {rows}; {why}")
         facts["out_of_order"] = counts["before_its_time"]
-        document = facts | describe(written, kept, sorted(plan.features), sorted(plan.metrics))
+        document = facts | describe(written, by_length, sorted(plan.features), sorted(plan.metrics))
         if overruled := counts["overruled"]:
             document["warnings"].append(
                 f"{overruled:,} MDPs end in a step that the log calls truncated, and that data.lastStep "
@@ -200,7 +201,7 @@ Names = tuple[list[str], list[str]]
 def look_at(used: DataFrame) -> Names | None:
     """The names in the first good rows, where all have the same ones: then the others will too, most likely."""
     good = used.where(F.col(REASON).isNull())
-    head = good.select(F.map_keys("state_features"), F.map_keys("metrics")).take(HEAD_ROWS)
+    head = good.select(F.map_keys("state_features"), F.map_keys(without_nulls(F.col("metrics")))).take(HEAD_ROWS)
     if len({(tuple(state or ()), tuple(metrics or ())) for state, metrics in head}) != 1:
         return None
     return head[0][0] or [], head[0][1] or []
@@ -210,7 +211,7 @@ def all_names(used: DataFrame) -> Names:
     """The names in all rows that are not rejected."""
     # Most rows have the same names: few different sets of them are left to be taken apart.
     good = used.where(F.col(REASON).isNull())
-    keys = [F.map_keys(name).alias(of) for name, of in (("state_features", "state"), ("metrics", "metrics"))]
+    keys = [F.map_keys("state_features").alias("state"), F.map_keys(without_nulls(F.col("metrics"))).alias("metrics")]
     sets = good.groupBy(*keys).count().cache()
     names = (
         sets.select(F.lit("state").alias("of"), F.explode("state").alias("name"))
@@ -274,8 +275,12 @@ def compact(used: DataFrame, plan: Plan) -> DataFrame:
     in a row that is not rejected.
     """
     rows = _with_tie(used, plan)
-    named = state.has_others("odd", plan.features) | state.has_others("metrics", plan.metrics)
-    brought = [F.col(f"`{name}`") for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
+    metrics = without_nulls(F.col("metrics"))
+    # A name that is new may be of a null alone.
+    measured = state.has_others(F.col("metrics"), plan.metrics) & state.has_others(metrics, plan.metrics)
+    named = state.has_others(F.col("odd"), plan.features) | measured
+    passed_on = [name for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
+    brought = [metrics.alias(name) if name == "metrics" else F.col(f"`{name}`") for name in passed_on]
     return rows.select(
         *[name for name in (*_PLACE, "tie", "state") if name in rows.columns],
         (F.col(REASON).isNull() & named).alias("unknown"),

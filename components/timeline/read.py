@@ -368,6 +368,10 @@ def _conform(
     by_text = types.get(_AGAIN)
     again = {field.name: field.dataType for field in by_text.fields} if isinstance(by_text, T.StructType) else {}
     unreadable: list[Column] = []
+    # To drop them takes an expression that Spark does not compile, and with it a copy of every row as it lies.
+    may_hold_null: tuple[str, ...] = ()
+    if "action" in wanted.names:
+        may_hold_null = ("state_features",) if REWARD in known else ("state_features", "metrics")
     bounds: dict[str, tuple[Any, Any]] = {
         "sequence_number": (-FURTHEST, FURTHEST - 1),
         # Of decisions: when an outcome came is compared alone.
@@ -379,8 +383,7 @@ def _conform(
         if ours == "sequence_number" and in_millionths:
             value = F.round(F.try_multiply(given.try_cast("decimal(38,9)"), F.lit(MICROSECONDS))).try_cast("bigint")
             bad: Column | None = None
-        elif ours == "state_features" and types[column] == kind:
-            # Its nulls may stay: a feature that is not known is null later, too.
+        elif ours in may_hold_null and types[column] == kind:
             value, bad = given, None
         else:
             value, bad = _typed(given, types[column], kind)
@@ -433,9 +436,7 @@ def _conform(
 def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, Column | None]:
     """A column in its wanted type, null where it cannot be; and where that is so, if it can happen at all."""
     if given == wanted and isinstance(wanted, T.MapType):
-        # The least value is null where one is; only then each is looked at, which is slow.
-        full = F.get(F.sort_array(F.map_values(raw)), F.lit(0)).isNotNull()
-        return F.when(full, raw).otherwise(F.map_filter(raw, lambda _, v: v.isNotNull())), None
+        return without_nulls(raw), None
     if given == wanted and _holds_numbers(wanted):
         return F.transform(raw, lambda one: F.map_filter(one, lambda _, v: v.isNotNull())), None
     if given == wanted:
@@ -457,6 +458,13 @@ def _typed(raw: Column, given: T.DataType, wanted: T.DataType) -> tuple[Column, 
     else:
         value = raw.try_cast(wanted)
     return value, raw.isNotNull() & value.isNull()
+
+
+def without_nulls(numbers: Column) -> Column:
+    """A map without what is null in it."""
+    # The least value is null where one is; only then each is looked at, which is slow.
+    full = F.get(F.sort_array(F.map_values(numbers)), F.lit(0)).isNotNull()
+    return F.when(full, numbers).otherwise(F.map_filter(numbers, lambda _, v: v.isNotNull()))
 
 
 def _ordinal(raw: Column, given: T.DataType) -> Column:

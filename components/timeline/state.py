@@ -38,9 +38,9 @@ def names_array(names: list[str]) -> Column:
     return F.array(*[F.lit(name) for name in names]).cast("array<string>")
 
 
-def has_others(column: str, names: list[str]) -> Column:
+def has_others(named: Column, names: list[str]) -> Column:
     """Whether a map has a name that is not one of these."""
-    keys, known = F.map_keys(column), names_array(names)
+    keys, known = F.map_keys(named), names_array(names)
     return F.coalesce((keys != known) & (F.size(F.array_except(keys, known)) > 0), F.lit(False))
 
 

@@ -141,25 +141,33 @@ def test_a_word_of_the_log_that_the_job_overrules_is_told(tmp_path):
 def test_last_steps_that_no_row_tells_of_are_warned_of(tmp_path, rows_that_tell, form):
     """JSON lines may leave out what is false, a column may be null."""
     rows = [row | ({"truncated": False} if i < rows_that_tell else {}) for i, row in enumerate(ROWS)]
-    log = write(tmp_path / "log.jsonl", rows)
-    if form == "parquet":
-        log = str(tmp_path / "log.parquet")
-        table = pa.Table.from_pylist([row | {"state_features": list(row["state_features"].items()),
-                                             "metrics": list(row["metrics"].items())} for row in rows],
-                                     schema=columns_of_log())  # fmt: skip
-        pq.write_table(table, log)
+    log = (write_columns if form == "parquet" else write)(tmp_path / f"log.{form}", rows)
     build_timeline(spec(lastStep="column"), log, None, tmp_path / "out")
     said = json.loads((tmp_path / "out" / RECORD).read_text())["warnings"]
     assert [text[:36] for text in said] == ["no row of the log has truncated, whi"] * (1 - rows_that_tell)
 
 
-def columns_of_log() -> pa.Schema:
+def write_columns(path: Path, rows: list[dict]) -> str:
+    """As Parquet."""
     numbers = pa.map_(pa.string(), pa.float64())
     kinds = {
         "mdp_id": pa.string(), "sequence_number": pa.int64(), "event_time": pa.string(), "state_features": numbers,
         "action": pa.string(), "action_probability": pa.float64(), "metrics": numbers, "truncated": pa.bool_(),
     }  # fmt: skip
-    return pa.schema(list(kinds.items()))
+    maps = [{name: list(row[name].items()) for name in ("state_features", "metrics")} for row in rows]
+    columns = pa.schema(list(kinds.items()))
+    pq.write_table(pa.Table.from_pylist([row | of for row, of in zip(rows, maps, strict=True)], columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("value", [None, 2.0])
+def test_a_metric_that_is_null_is_none(tmp_path, value):
+    rows = [row | {"metrics": {"reward": 1.0, "late": value if i == 7 else None}} for i, row in enumerate(ROWS)]
+    build_timeline(spec(), write_columns(tmp_path / "log", rows), None, tmp_path / "out")
+    written = pq.read_table(tmp_path / "out" / "transitions").to_pylist()
+    found = {"late"} if value else set()
+    assert sum(dict(row["metrics"]).keys() == {"reward"} for row in written) == 400 - len(found)
+    assert all(dict(row["returns"]).keys() == {"reward"} | found for row in written)
 
 
 def test_what_last_steps_are_is_not_guessed_silently(tmp_path):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyspark.sql import Row
 
 from components.spark import spark_session
 from components.timeline.build import build_timeline
-from components.timeline.describe import BINS, describe, distributions, warnings
+from components.timeline.describe import BINS, describe, distributions, mdps_by_length, of_lengths, warnings
 from contracts.job import JobSpec
 
 DAY = datetime(2026, 1, 1, 23, 59, 58)
@@ -47,7 +48,8 @@ def spark():
 def found(spark, tmp_path_factory) -> dict[str, Any]:
     path = str(tmp_path_factory.mktemp("timeline") / "transitions")
     spark.createDataFrame(ROWS, SCHEMA).write.parquet(path)
-    return describe(spark.read.parquet(path), len(ROWS), ["age", "visits"], ["reward"])
+    written = spark.read.parquet(path)
+    return describe(written, mdps_by_length(written), ["age", "visits"], ["reward"])
 
 
 def test_rows_ends_and_orders_are_counted(found):
@@ -68,11 +70,17 @@ def test_a_value_that_is_not_logged_is_not_counted(found):
 
 
 def test_one_mdp_that_holds_far_too_many_rows_is_warned_of():
-    largest = {"mdp_id": "robot", "length": 5000.0}
-    [said] = warnings(largest, rows=100_000, mdps=2000)
+    [said] = warnings("robot", 5000, rows=100_000, mdps=2000)
     assert "MDP robot holds 5.0% of all rows, 100 times the mean" in said
-    assert warnings(largest, rows=100_000, mdps=20) == [], "as long as the others"
-    assert warnings(largest, rows=1_000_000, mdps=20_000) == [], "too little to matter"
+    assert warnings("robot", 5000, rows=100_000, mdps=20) == [], "as long as the others"
+    assert warnings("robot", 5000, rows=1_000_000, mdps=20_000) == [], "too little to matter"
+
+
+def test_the_histogram_of_lengths_holds_every_mdp_once():
+    found = of_lengths([Row(length=n, mdps=2) for n in range(1, 32)])
+    assert (found["count"], found["mean"], found["minimum"], found["maximum"]) == (62, 16.0, 1.0, 31.0)
+    assert found["counts"] == [2] * 29 + [4], "the last bin has both of its edges"
+    assert of_lengths([Row(length=7, mdps=3)])["counts"] == [3]
 
 
 def test_a_histogram_holds_every_value_once(spark):
