@@ -42,8 +42,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         "spark.hadoop.parquet.dictionary.page.size": str(64 * 1024),
         # A window's rows of one giant MDP go to disk, as a sort's do: in memory, they leave none for the sort after it.
         "spark.sql.windowExec.buffer.spill.size.threshold": "64m",
-        # A column is some lines of what Spark generates for a row. A method of too many takes the JVM long to compile,
-        # and of 8,000 bytes it compiles none: then Spark makes them short ones.
+        # What Spark generates for operators in a row is one method, some lines for each column. The JVM takes long to
+        # compile a large one, and beyond 8,000 bytes never does: above this, each operator by itself has short ones.
         "spark.sql.codegen.hugeMethodLimit": "4000",
         # What is cached is joined into as few partitions as other results are.
         "spark.sql.optimizer.canChangeCachedPlanOutputPartitioning": "true",

@@ -271,14 +271,12 @@ def make_plan(used: DataFrame, spec: JobSpec, names: Names) -> Plan:
 def compact(used: DataFrame, plan: Plan) -> DataFrame:
     """The rows with their state as an array in the plan's order, and all that only comes along in one struct, `row`.
 
-    A third of the bytes to move and to sort, and two fields to copy. `unknown` tells of names that are not in the plan,
-    in a row that is not rejected.
+    A third of the bytes to move and to sort, and two fields to copy. Metrics that are null are gone. `unknown` tells of
+    names that are not in the plan, in a row that is not rejected.
     """
     rows = _with_tie(used, plan)
     metrics = without_nulls(F.col("metrics"))
-    # A name that is new may be of a null alone.
-    measured = state.has_others(F.col("metrics"), plan.metrics) & state.has_others(metrics, plan.metrics)
-    named = state.has_others(F.col("odd"), plan.features) | measured
+    named = state.has_others(F.col("odd"), plan.features) | state.has_others(metrics, plan.metrics)
     passed_on = [name for name in used.columns if name not in (*_PLACE, *_NOTES, "state_features")]
     brought = [metrics.alias(name) if name == "metrics" else F.col(f"`{name}`") for name in passed_on]
     return rows.select(

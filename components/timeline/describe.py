@@ -24,7 +24,7 @@ def mdps_by_length(transitions: DataFrame) -> list[Row]:
     """For each length that MDPs have, in order: how many `mdps`, and of those how many `over_days`, of `truncated` and
     `terminal` decisions, and the last of their ids.
 
-    A list that is short: MDPs of n lengths have n^2 / 2 decisions.
+    A list that is short: MDPs of n lengths have n^2 / 2 decisions at least.
     """
     days = F.to_date("event_time")
     of_mdp = transitions.groupBy("mdp_id").agg(
@@ -81,7 +81,7 @@ def of_lengths(by_length: list[Row]) -> dict[str, Any]:
     found = _histogram(mdps, mean, float(by_length[0]["length"]), float(by_length[-1]["length"]))
     edges, counts = found["edges"], found["counts"]
     for row in by_length:
-        counts[max(0, bisect.bisect(edges, row["length"], hi=len(counts)) - 1)] += row["mdps"]
+        counts[bisect.bisect(edges, row["length"], hi=len(counts)) - 1] += row["mdps"]
     return found
 
 

@@ -65,8 +65,8 @@ def read_log(spark: SparkSession, path: str, data: Data | None = None, action_sp
     suffixes do not tell it, the names of the columns where they are others, and the partitions to read. A sequence
     number may be a whole number, a time (microseconds then) or a number with a fraction, as seconds since 1970 have one
     (millionths then); a log without event times is given some from its partition and sequence numbers, since only
-    their order is needed. A bare `reward` column is taken as the metric `reward`. The join keys that the job names for
-    its feature service, and `ds`, come along as they are.
+    their order is needed. A bare `reward` column is taken as the metric `reward`; features and metrics may be null. The
+    join keys that the job names for its feature service, and `ds`, come along as they are.
     Raises `StageError` for a path that is not there, a column that is missing, and files that cannot be read together.
     """
     data = data or Data()
@@ -368,7 +368,8 @@ def _conform(
     by_text = types.get(_AGAIN)
     again = {field.name: field.dataType for field in by_text.fields} if isinstance(by_text, T.StructType) else {}
     unreadable: list[Column] = []
-    # To drop them takes an expression that Spark does not compile, and with it a copy of every row as it lies.
+    # Maps whose nulls may stay until rows are compact: what drops them is not compiled by Spark, which copies every row
+    # before it, names and all. A bare reward is added where the map has none, and so must be told of a null by then.
     may_hold_null: tuple[str, ...] = ()
     if "action" in wanted.names:
         may_hold_null = ("state_features",) if REWARD in known else ("state_features", "metrics")

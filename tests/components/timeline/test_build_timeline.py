@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.timeline import build
 from components.timeline.build import HEAD_ROWS, build_timeline
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError
@@ -161,7 +162,10 @@ def write_columns(path: Path, rows: list[dict]) -> str:
 
 
 @pytest.mark.parametrize("value", [None, 2.0])
-def test_a_metric_that_is_null_is_none(tmp_path, value):
+def test_a_metric_that_is_null_is_none(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(build, "HEAD_ROWS", 5)
+    if value is None:
+        monkeypatch.setattr(build, "all_names", lambda used: pytest.fail("there is nothing that the first rows lack"))
     rows = [row | {"metrics": {"reward": 1.0, "late": value if i == 7 else None}} for i, row in enumerate(ROWS)]
     build_timeline(spec(), write_columns(tmp_path / "log", rows), None, tmp_path / "out")
     written = pq.read_table(tmp_path / "out" / "transitions").to_pylist()
