@@ -128,7 +128,8 @@ class DDPGLearner(BootstrappingLearner):
 class TD3Learner(DDPGLearner):
     """Twin delayed DDPG (Fujimoto et al. 2018, arXiv 1802.09477, algorithm 1).
 
-    The lower of two critics, at the target's action with clipped noise on it; the actor moves every few steps.
+    Critics move towards r + discount * min_i Q'_i(s', mu'(s') + noise), of clipped normal noise; the actor along
+    Q_1(s, mu(s)), every few steps, and with it what follows.
     """
 
     config: job.TD3
@@ -167,7 +168,10 @@ class TD3Learner(DDPGLearner):
 
 
 class TD3BCLearner(TD3Learner):
-    """TD3 held near the log by behaviour cloning (Fujimoto and Gu 2021, arXiv 2106.06860, equations 3 and 5)."""
+    """TD3 held near the log by behaviour cloning (Fujimoto and Gu 2021, arXiv 2106.06860, equations 3 and 5).
+
+    The actor maximizes lambda Q_1(s, mu(s)) - (mu(s) - a)^2 with lambda = alpha / mean |Q_1(s, mu(s))|, of a batch.
+    """
 
     config: job.TD3BC
 
@@ -189,7 +193,9 @@ class SACNetwork(ActorCriticNetwork):
 class SACLearner(DDPGLearner):
     """Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905, equations 5, 7 and 18): rewards entropy, too.
 
-    The temperature, what entropy counts for, is learned so that the entropy is that of the configuration.
+    Critics move towards r + discount * (min_i Q'_i(s', a') - t log pi(a' | s')), a' of pi(s'); the actor minimizes
+    t log pi(a | s) - min_i Q_i(s, a), a of pi(s). The temperature t, what entropy counts for, is learned so that the
+    entropy is the configuration's, H: it minimizes -t (log pi(a | s) + H).
     """
 
     network: SACNetwork

@@ -183,8 +183,9 @@ class SlateHead(nn.Module):
 class SlateQLearner(BootstrappingLearner):
     """SlateQ (Ie et al. 2019, arXiv 1905.12767, equations 6, 17 and 19).
 
-    The value of what was chosen moves towards r + discount * the worth of the next slate, the best one or the logged.
-    A conditional logit model of the choice is learned beside.
+    The value Q(s, i) of the item i that was chosen moves towards r + discount * W'(s', A'). A slate's worth W(s, A) is
+    the sum of P(i | s, A) Q(s, i) over its items and choosing nothing; A' is the slate of the largest W', or the one
+    logged. A conditional logit model of the choice is learned beside: P(i | s, A) = e^v(s, i) / sum_j e^v(s, j).
     """
 
     network: SlateNetwork

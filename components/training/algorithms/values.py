@@ -85,7 +85,8 @@ class CQLLearner(DQNLearner):
 class BCQLearner(DQNLearner):
     """Batch-constrained Q-learning for discrete actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
 
-    A model of the logged policy, learned with the values, says which of the possible actions may be chosen.
+    Double Q-learning whose a' is among the possible actions that the log would take: G(a' | s') is at least a threshold
+    times max_b G(b | s'). G, a model of the logged policy, is learned with the values, by -log G(a | s) in the loss.
     """
 
     network: ConstrainedNetwork
@@ -146,7 +147,11 @@ class C51Learner(DQNLearner):
 
 
 class QRDQNLearner(DQNLearner):
-    """Quantiles of the distribution of returns (Dabney et al. 2018, arXiv 1710.10044, equations 9-10, kappa = 1)."""
+    """Quantiles of the distribution of returns (Dabney et al. 2018, arXiv 1710.10044, equations 9-10, kappa = 1).
+
+    Minimizes sum_i mean_j |tau_i - 1[u_ij < 0]| Huber(u_ij) with u_ij = r + discount * theta'_j(s', a') - theta_i(s, a)
+    and tau_i = (i + 0.5) / N, i = 0, ..., N - 1. Q is the mean of the N quantiles theta.
+    """
 
     network: QuantileNetwork
     target: QuantileNetwork
