@@ -45,10 +45,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "QR-DQN": {"qrDqn": SLOW | {"quantiles": 21}},
     "BCQ": {"bcq": SLOW},
     "CQL, alpha 0.01": {"cql": SLOW | {"alpha": 0.01}},
-    "double DQN" + DESCRIBED: {"dqn": SLOW},
-    "C51" + DESCRIBED: {"c51": SLOW | {"atoms": 41, "lowestReturn": -1.0, "highestReturn": 1.0}},
-    "QR-DQN" + DESCRIBED: {"qrDqn": SLOW | {"quantiles": 21}},
 }
+ALGORITHMS |= {name + DESCRIBED: made for name, made in ALGORITHMS.items() if "bcq" not in made}
 
 
 def arrivals() -> np.ndarray:
@@ -148,7 +146,7 @@ def gridworld(column: str, algorithm: str, seed: int) -> float:
     best, by_random = values_of(), values_of(BY_RANDOM)
     found = by_random if algorithm == BY_CHANCE else learned(algorithm, seed)
     if column == TRUTH:
-        wanted = by_random if algorithm == "SARSA" else best
+        wanted = by_random if algorithm.startswith("SARSA") else best
         return float(100 * np.abs(found - wanted)[LEFT][POSSIBLE[LEFT]].mean())
     greedy = np.eye(len(MOVES))[np.where(POSSIBLE, found, -np.inf).argmax(1)]
     policy = BY_RANDOM if algorithm == BY_CHANCE else greedy

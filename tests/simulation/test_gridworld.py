@@ -71,8 +71,11 @@ def test_a_log_takes_possible_moves_and_ends_where_it_must() -> None:
         ("BCQ", 5.0),
         ("CQL, alpha 0.01", 9.0),
         ("double DQN, moves described", 6.0),
+        ("noisy double DQN, moves described", 6.0),
+        ("SARSA, moves described", 6.0),
         ("C51, moves described", 5.0),
         ("QR-DQN, moves described", 9.0),
+        ("CQL, alpha 0.01, moves described", 9.0),
     ],
 )
 def test_learned_values_are_near_the_true_ones(algorithm: str, far: float) -> None:
