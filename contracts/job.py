@@ -495,9 +495,9 @@ class Algorithm(Model):
         return 0.0 if isinstance(self.config, LinearBandit) else self.config.learning_rate
 
 
-OF_VALUES = ("dqn", "c51", "qrDqn", "cql")
+OF_VALUES = ("dqn", "c51", "qrDqn", "cql", "bcq")
 ALGORITHMS = {
-    "discrete": (*OF_VALUES, "bcq", "behaviourCloning", "linUcb", "linearThompson", "logisticBandit"),
+    "discrete": (*OF_VALUES, "behaviourCloning", "linUcb", "linearThompson", "logisticBandit"),
     "parametric": (*OF_VALUES, "behaviourCloning"),
     "continuous": ("ddpg", "td3", "td3Bc", "sac", "iql"),
     "slate": ("slateQ",),

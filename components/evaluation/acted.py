@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from components.training.algorithms.actor_critic import Actor, ActorCriticNetwork
+from components.training.algorithms.learner import Listed, score
 from components.training.bundle import Bundle
 from components.training.network import Head, NormalizedPairs, among
 from components.training.store import normalized
@@ -72,16 +74,25 @@ def plan(bundle: Bundle, data: Transitions) -> Plan:
         assert isinstance(network, NormalizedPairs)
         features, items = described(bundle, lists.described), torch.from_numpy(lists.items)
         states = normalized(network.normalization, data.state)
-        row = np.repeat(np.arange(len(data)), np.diff(lists.offsets))
-        rows = torch.from_numpy(row)
-        scores = torch.cat(
-            [
-                network.network(torch.cat([states[rows[i : i + PAIRS]], features[items[i : i + PAIRS]]], 1))
-                for i in range(0, len(rows), PAIRS)
-            ]
-        )
-        probability = Head(bundle.head).over_lists(scores.squeeze(1).double(), rows, len(data))
+        lengths = np.diff(lists.offsets)
+        rows = torch.from_numpy(np.repeat(np.arange(len(data)), lengths))
+        scores = []
+        for begin, end in _parts(lists.offsets):
+            pairs = slice(lists.offsets[begin], lists.offsets[end])
+            longest = int(lengths[begin:end].max())
+            listed = Listed(features[items[pairs]], rows[pairs] - begin, end - begin, longest)
+            scores.append(score(network.network, states[begin:end], listed))
+        probability = Head(bundle.head).over_lists(torch.cat(scores).double(), rows, len(data))
         return Plan(features, items, lists.offsets, probability.float())
+
+
+def _parts(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Decisions from one to before another whose lists have up to `PAIRS` items together; one at least."""
+    begin, n = 0, len(offsets) - 1
+    while begin < n:
+        end = max(begin + 1, int(np.searchsorted(offsets, offsets[begin] + PAIRS, "right")) - 1)
+        yield begin, end
+        begin = end
 
 
 def taken_probability(chosen: Plan, data: Transitions) -> np.ndarray:

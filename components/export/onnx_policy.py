@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from components.export.repository import signature
+from components.training.algorithms.learner import Listed, score
 from components.training.algorithms.slate import SlateHead, SlateNetwork, gains
 from components.training.network import IMPOSSIBLE, Head, NormalizedPairs, among
 from contracts.job import PolicyHead
@@ -94,8 +95,9 @@ class ServedChoice(ServedPolicy):
 
         Returns q_values float32 [K], greedy_action int64 [1], propensities float32 [K], sampled_action int64 [1].
         """
-        known = self.network.normalization(state).expand(action.shape[0], -1)
-        scores = self.network.network(torch.cat([known, self.network.of_actions(action)], 1)).transpose(0, 1)
+        row = torch.zeros(action.shape[0], dtype=torch.int64)
+        listed = Listed(self.network.of_actions(action), row, 1, action.shape[0])
+        scores = score(self.network.network, self.network.normalization(state), listed).unsqueeze(0)
         found = self.choose(scores, uniform, torch.ones_like(scores, dtype=torch.bool))
         return tuple(each.squeeze(0) for each in found)  # type: ignore[return-value]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from components.training.worker import LOOKING_AHEAD
 from components.transitions import Lists, Transitions
-from contracts.job import C51, CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
+from contracts.job import BCQ, C51, CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
 from contracts.stage import StageError
 
 LOOKED_AT, FEW = 10_000, 0.01
@@ -49,10 +49,12 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
             "algorithm.linearThompson: the log has decisions at which not all actions were possible, and how likely "
             "one is the best is asked among all: choose linUcb"
         )
-    by_lists = not isinstance(algorithm, QLearning) or algorithm.next_action == "best" or isinstance(algorithm, CQL)
+    by_lists = (
+        not isinstance(algorithm, QLearning) or isinstance(algorithm, CQL | BCQ) or algorithm.next_action == "best"
+    )
     if isinstance(lists, Lists) and by_lists and not lists.logged.all():
         if not lists.logged.any():
-            sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL)
+            sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL | BCQ)
             without = f", or set algorithm.{spec.algorithm.name}.nextAction: logged" if sarsa else ""
             learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
             raise StageError(

@@ -168,20 +168,21 @@ class ConstrainedNetwork(nn.Module):
     likeliest (Fujimoto et al. 2019, arXiv 1910.01708, equation 19) of those that are possible.
     """
 
-    def __init__(self, values: QNetwork, imitation: QNetwork, threshold: float) -> None:
+    def __init__(self, values: QNetwork | DuelingPairs, imitation: QNetwork, threshold: float) -> None:
         super().__init__()
         self.values, self.imitation = values, imitation
         self.floor = math.log(threshold) if threshold else -math.inf
 
     def forward(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
         """float32 [batch, inputs], and bool [batch, actions] where not all actions are -> float32 [batch, actions]."""
-        return self.constrained(self.values(x), self.imitation(x), possible)
-
-    def constrained(self, values: Tensor, logits: Tensor, possible: Tensor | None) -> Tensor:
+        logits = self.imitation(x)
         if possible is not None:
             logits = torch.where(possible, logits, IMPOSSIBLE)
-        behind = logits - logits.amax(1, keepdim=True)
-        return torch.where(behind >= self.floor, values, NEVER)
+        return self.constrained(self.values(x), logits, logits.amax(1, keepdim=True))
+
+    def constrained(self, values: Tensor, logits: Tensor, likeliest: Tensor) -> Tensor:
+        """Of one shape, or such as broadcast: `likeliest` is the largest logit of what is possible there."""
+        return torch.where(logits - likeliest >= self.floor, values, NEVER)
 
 
 NEVER = -1e26

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from components.columns import load_transitions, write_columns
-from components.evaluation.acted import Plan, taken_probability
+from components.evaluation.acted import Plan, plan, taken_probability
 from components.evaluation.evaluate import evaluate
 from components.evaluation.slates import fit_choices, plan_slates, slate_probability
 from components.export.onnx_policy import served
@@ -28,14 +28,14 @@ from components.export.repository import MODEL, read_policies
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_network
-from components.training.bundle import read_bundle
+from components.training.bundle import Bundle, read_bundle
 from components.training.fits import check_fits
 from components.training.store import build_store
 from components.training.warm_start import start_from
 from components.training.worker import find_actions
 from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
-from contracts.job import JobSpec, PolicyHead
+from contracts.job import Algorithm, JobSpec, PolicyHead
 from contracts.stage import StageError, read_record, stage
 
 ROOT = Path(__file__).parents[2]
@@ -283,6 +283,25 @@ def test_every_estimator_judges_a_policy_over_lists(shelf: Path) -> None:
     for estimator in ("sequential_direct_method", "weighted_sequential_doubly_robust"):
         assert report["final"][estimator]["earned"]["value"] == pytest.approx(2.71 * most, rel=0.12), estimator
     assert 1 < report["diagnostics"]["largest_weight"] <= 6
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "bcq"])
+def test_a_policy_over_lists_is_judged_alike_however_many_are_scored_at_a_time(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    spec, items = JobSpec.model_validate(LISTS), NormalizationSpec.read(shelf / "normalization" / "action_spec.json")
+    states = NormalizationSpec.read(shelf / "normalization" / "spec.json")
+    made, actions = Algorithm.model_validate({algorithm: {}}), Actions([], described=items)
+    torch.manual_seed(0)
+    network = build_network(made, states, actions).eval()
+    bundle = Bundle(network, states, actions, made, PolicyHead(), {}, "")
+    data = load_transitions(shelf / "features", spec)
+    whole = plan(bundle, data)
+    monkeypatch.setattr("components.evaluation.acted.PAIRS", 5)  # Some lists are longer.
+    torch.testing.assert_close(plan(bundle, data).probability, whole.probability)
+    lists = data.possible
+    assert isinstance(lists, Lists)
+    np.testing.assert_allclose(np.add.reduceat(whole.probability.numpy(), lists.offsets[:-1]), 1, atol=1e-5)
 
 
 def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_stage_is_not_made_stale_by_sections_that_it_does_not_read(document: d
     ("space", "algorithm", "others"),
     [
         ("continuous", "dqn", "ddpg, td3, td3Bc, sac, iql"),
-        ("parametric", "bcq", "dqn, c51, qrDqn, cql"),
+        ("parametric", "linUcb", "dqn, c51, qrDqn, cql, bcq"),
         ("discrete", "sac", "dqn"),
         ("slate", "dqn", "slateQ"),
     ],

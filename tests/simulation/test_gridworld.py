@@ -75,6 +75,7 @@ def test_a_log_takes_possible_moves_and_ends_where_it_must() -> None:
         ("SARSA, moves described", 6.0),
         ("C51, moves described", 5.0),
         ("QR-DQN, moves described", 9.0),
+        ("BCQ, moves described", 6.0),
         ("CQL, alpha 0.01, moves described", 9.0),
     ],
 )

@@ -86,7 +86,7 @@ def _network(config: Any, inputs: int, actions: int, state_inputs: int | None = 
             return QuantileNetwork(network(config.quantiles))
         case job.BCQ():
             imitation = QNetwork(inputs, actions, config.hidden_layers)
-            return ConstrainedNetwork(plain(inputs, dueling=config.dueling), imitation, config.threshold)
+            return ConstrainedNetwork(network(), imitation, config.threshold)
     return network()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.training.network import IMPOSSIBLE, QNetwork, among
+from components.training.network import IMPOSSIBLE, ConstrainedNetwork, QNetwork, among
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,17 @@ def score(network: nn.Module, state: Tensor, possible: Possible) -> Tensor:
     """What a network says of each action: [B, A, ...], or of listed ones [T, ...]."""
     if isinstance(possible, Listed):
         pairs = torch.cat([state.index_select(0, possible.row), possible.features], 1)
+        if isinstance(network, ConstrainedNetwork):
+            return constrained(network, network.values(pairs).squeeze(1), network.imitation(pairs).squeeze(1), possible)
         return network(pairs).squeeze(1)
     return among(network, state, possible)
+
+
+def constrained(network: ConstrainedNetwork, values: Tensor, logits: Tensor, possible: Possible) -> Tensor:
+    """Those values whose actions the log would take, by the logits of its model; others are `NEVER`."""
+    likeliest = highest(logits, possible)
+    each = likeliest.index_select(0, possible.row) if isinstance(possible, Listed) else likeliest.unsqueeze(1)
+    return network.constrained(values, logits, each)
 
 
 def score_taken(network: nn.Module, state: Tensor, action: Tensor, possible: Possible) -> Tensor:
@@ -176,6 +185,14 @@ def logsumexp(scores: Tensor, possible: Possible) -> Tensor:
     top = highest(scores.detach(), possible)
     shifted = (scores - top.index_select(0, possible.row)).exp()
     return scores.new_zeros(possible.decisions).index_add(0, possible.row, shifted).log() + top
+
+
+def mean(scores: Tensor, possible: Possible) -> Tensor:
+    """The mean of what each decision's scores are on average, of listed ones however long its list is."""
+    if not isinstance(possible, Listed):
+        return scores.mean()
+    lengths = scores.new_zeros(possible.decisions).index_add(0, possible.row, torch.ones_like(scores))
+    return (scores / lengths.index_select(0, possible.row)).sum() / possible.decisions
 
 
 def negative_log_likelihood(scores: Tensor, action: Tensor, possible: Possible) -> Tensor:

@@ -10,9 +10,10 @@ from components.training.algorithms.learner import (
     Batch,
     BootstrappingLearner,
     Learner,
-    Listed,
     best,
+    constrained,
     logsumexp,
+    mean,
     negative_log_likelihood,
     score,
     score_taken,
@@ -83,7 +84,7 @@ class CQLLearner(DQNLearner):
 
 
 class BCQLearner(DQNLearner):
-    """Batch-constrained Q-learning for discrete actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
+    """Batch-constrained Q-learning of listed actions (Fujimoto et al. 2019, arXiv 1910.01708, equations 19-20).
 
     Double Q-learning whose a' is among the possible actions that the log would take: G(a' | s') is at least a threshold
     times max_b G(b | s'). G, a model of the logged policy, is learned with the values, by -log G(a | s) in the loss.
@@ -95,24 +96,23 @@ class BCQLearner(DQNLearner):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             # What may be chosen is said by the network that learns; the value is that of the one that follows.
-            values = self.target.values(batch.next_state)
-            following = taken(values, self.next_action(batch, values), None)
+            values = score(self.target.values, batch.next_state, batch.next_possible)
+            following = taken(values, self.next_action(batch, values), batch.next_possible)
             wanted = batch.reward + batch.discount * following
-        q = taken(self.network.values(batch.state), batch.action, None)
-        logits = self.network.imitation(batch.state)
+        q = score_taken(self.network.values, batch.state, batch.action, batch.possible)
+        logits = score(self.network.imitation, batch.state, batch.possible)
         imitation = negative_log_likelihood(logits, batch.action, batch.possible)
         # A logit that grows without bound says nothing more (the paper's own code regularizes it so).
         loss = functional.smooth_l1_loss(q, wanted)
-        return loss + imitation + 1e-2 * logits.square().mean(), q.detach(), loss.detach()
+        return loss + imitation + 1e-2 * mean(logits.square(), batch.possible), q.detach(), loss.detach()
 
     def next_action(self, batch: Batch, by_target: Tensor) -> Tensor:
         if self.config.next_action == "logged":
             return batch.next_action
-        scores = self.network.values(batch.next_state) if self.config.double else by_target
-        assert not isinstance(batch.next_possible, Listed)
-        logits = self.network.imitation(batch.next_state)
-        chosen = self.network.constrained(scores, logits, batch.next_possible)
-        return best(chosen, batch.next_possible)
+        state, possible = batch.next_state, batch.next_possible
+        scores = score(self.network.values, state, possible) if self.config.double else by_target
+        logits = score(self.network.imitation, state, possible)
+        return best(constrained(self.network, scores, logits, possible), possible)
 
     @property
     def valuing(self) -> nn.Module:

@@ -18,7 +18,7 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from components.training.actions import Actions
 from components.training.algorithms.bandit import LinearRewards
 from components.training.algorithms.build import build_network
-from components.training.network import Head, LogisticPolicy, Normalized
+from components.training.network import NEVER, Head, LogisticPolicy, Normalized
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
@@ -163,6 +163,7 @@ def test_each_actors_graph_takes_its_own_action(tmp_path: Path, name: str) -> No
         {"c51": {"lowestReturn": 0.0, "highestReturn": 50.0}},
         {"qrDqn": {}},
         {"cql": {"dueling": True}},
+        {"bcq": {"threshold": 0.9, "dueling": True}},
         {"behaviourCloning": {}},
     ],
     ids=lambda a: next(iter(a)),
@@ -230,6 +231,29 @@ def test_an_impossible_action_is_not_taken_in_place_of_one_that_the_log_never_ta
     found = exported.run(rows, np.full((64, 1), 0.5), np.arange(3) != best)
     np.testing.assert_allclose(np.take_along_axis(found["propensities"], best, 1), 0)
     np.testing.assert_allclose(found["propensities"].sum(1), 1, rtol=1e-6)
+
+
+def test_of_a_list_bcqs_graph_takes_what_the_log_would_take_of_just_that_list(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    items = NormalizationSpec(inputs=["topic"], features=[feature("topic", "continuous")])
+    listed = Actions([], described=items)
+    network = build_network(Algorithm.model_validate({"bcq": {"threshold": 1.0}}), SPEC, listed).eval()
+    policy = {"features": [""] * 7, "action_space": "parametric"} | listed.as_json()
+    export_onnx(served(network, PolicyHead(policy="greedy"), "parametric"), policy, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    state, topics = states(1, 7), np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
+    with torch.no_grad():
+        pairs = [
+            network.normalization(torch.from_numpy(state)).expand(5, -1),
+            network.of_actions(torch.from_numpy(topics)),
+        ]
+        likely = network.network.imitation(torch.cat(pairs, 1))[:, 0].numpy()
+    # The likeliest of all five, and without it the likeliest of the rest.
+    for kept in (np.arange(5), np.delete(np.arange(5), likely.argmax())):
+        given = {"state": state, "action": topics[kept], "uniform": np.full((1, 1), 0.5, np.float32)}
+        q_values, greedy = session.run(["q_values", "greedy_action"], given)
+        assert greedy[0] == likely[kept].argmax()
+        assert (np.delete(q_values, greedy[0]) == np.float32(NEVER)).all()
 
 
 def test_propensities_are_a_softmax_at_the_temperature_over_possible_actions(exported: Exported) -> None:

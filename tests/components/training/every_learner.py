@@ -33,6 +33,9 @@ LEARNERS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("parametric", {"c51": {"lowestReturn": -5.0, "highestReturn": 5.0}}),
     ("parametric", {"qrDqn": {}}),
     ("parametric", {"cql": {}}),
+    ("parametric", {"bcq": {}}),
+    ("parametric", {"dqn": {"nextAction": "logged"}}),
+    ("parametric", {"behaviourCloning": {}}),
     ("slate", {"slateQ": {}}),
     ("slate", {"slateQ": {"nextSlate": "logged"}}),
     ("continuous", {"ddpg": {}}),
@@ -73,7 +76,11 @@ def trainer(actions: Actions, algorithm: dict[str, dict[str, Any]], seed: int = 
     made = Algorithm.model_validate(algorithm)
     learner = build_learner(made, build_network(made, DESCRIBED, actions))
     learner.expect(N)
-    return Trainer(learner, 1e-3)
+    trainer = Trainer(learner, 1e-3)
+    for group in trainer.optimizer.param_groups if trainer.optimizer else []:
+        # By default Adam takes full steps by gradients that are nothing but rounding, as those of a softmax's bias are.
+        group["eps"] = 1e-5
+    return trainer
 
 
 def shuffled(data: Store, rank: int = 0, workers: int = 1) -> Shuffled:

@@ -169,7 +169,7 @@ CASES = [
     Case(
         "the algorithm cannot learn from actions of this actionSpace",
         job(actions=[], actionSpace="parametric", algorithm={"cql": {}}),
-        job(actions=[], actionSpace="parametric", algorithm={"bcq": {}}),
+        job(actions=[], actionSpace="parametric", algorithm={"linUcb": {}}),
     ),
     Case(
         "a policy over continuous actions has no propensities",

@@ -10,7 +10,8 @@ from components.normalization.graph import NormalizationGraph
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from components.training.actions import Actions
 from components.training.algorithms.build import build_learner, build_network
-from components.training.algorithms.learner import Batch, Listed
+from components.training.algorithms.learner import Batch, Listed, score
+from components.training.network import NEVER
 from components.training.trainer import Trainer
 from contracts.job import Algorithm
 
@@ -30,13 +31,13 @@ def possible(place: np.ndarray) -> np.ndarray:
     return ((MOVES != 2) | (place[..., None] % 2 == 0)) & ((MOVES != -1) | (place[..., None] > 0))
 
 
-def exact() -> np.ndarray:
-    """[places, moves], those not possible -inf."""
+def exact(moves: int = len(MOVES)) -> np.ndarray:
+    """[places, moves], of those that take one of the first so many; those not possible -inf."""
     place, move = np.repeat(np.arange(PLACES), len(MOVES)), np.tile(MOVES, PLACES)
     following, reward, ends = step(place, move)
     q = np.zeros((PLACES, len(MOVES)))
     for _ in range(300):
-        best = np.where(possible(np.arange(PLACES)), q, -np.inf).max(1)
+        best = np.where(possible(np.arange(PLACES)), q, -np.inf)[:, :moves].max(1)
         q = (reward + DISCOUNT * np.where(ends, 0, best[following])).reshape(PLACES, len(MOVES))
     return np.where(possible(np.arange(PLACES)), q, -np.inf)
 
@@ -59,8 +60,8 @@ STATE = NormalizationSpec(inputs=["place"], features=[feature("place", "enum", v
 ACTION = NormalizationSpec(inputs=["move"], features=[feature("move", "enum", values=MOVES.tolist())])
 
 
-def learned(algorithm: dict[str, Any], steps: int = 1500) -> np.ndarray:
-    """Scores of each move at each place, those not possible -inf."""
+def learned(algorithm: dict[str, Any], likely: tuple[float, ...] = (1, 1, 1, 1)) -> np.ndarray:
+    """Scores of each move at each place, those not possible -inf; the log takes each as `likely` as this to others."""
     torch.manual_seed(0)
     name, settings = next(iter(algorithm.items()))
     slowly = {} if name == "behaviourCloning" else {"targetUpdateRate": 0.05}
@@ -72,9 +73,10 @@ def learned(algorithm: dict[str, Any], steps: int = 1500) -> np.ndarray:
     def normalized(place: np.ndarray) -> torch.Tensor:
         return policy.normalization(torch.from_numpy(place).float()[:, None])
 
-    for _ in range(steps):
+    for _ in range(1500):
         place = rng.integers(PLACES, size=64)
-        choice = (rng.random((64, len(MOVES))) * possible(place)).argmax(1)
+        # Drawn by Gumbel's trick.
+        choice = np.where(possible(place), np.log(likely) + rng.gumbel(size=(64, len(MOVES))), -np.inf).argmax(1)
         following, reward, ends = step(place, MOVES[choice])
         (now, at), (later, _) = lists(place), lists(following)
         trainer.step(
@@ -89,11 +91,11 @@ def learned(algorithm: dict[str, Any], steps: int = 1500) -> np.ndarray:
                 discount=torch.from_numpy(np.where(ends, 0, DISCOUNT)).float(),
             )
         )
-    place, move = np.repeat(np.arange(PLACES), len(MOVES)), np.tile(MOVES, PLACES)
+    every = np.arange(PLACES)
+    found = np.full((PLACES, len(MOVES)), -np.inf)
     with torch.no_grad():
-        scores = policy.eval()(*(torch.from_numpy(each).float()[:, None] for each in (place, move))).numpy()
-    assert scores.shape == (len(place), 1)
-    return np.where(possible(np.arange(PLACES)), scores.reshape(PLACES, -1), -np.inf)
+        found[possible(every)] = score(policy.eval().network, normalized(every), lists(every)[0]).numpy()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,8 @@ def learned(algorithm: dict[str, Any], steps: int = 1500) -> np.ndarray:
         {"c51": {"atoms": 21, "lowestReturn": -1.0, "highestReturn": 1.0}},
         {"qrDqn": {"quantiles": 11, "dueling": False}},
         {"cql": {"alpha": 0.0}},
+        {"bcq": {"threshold": 0.1}},
+        {"bcq": {"threshold": 0.1, "double": False, "dueling": False}},
     ],
     ids=str,
 )
@@ -115,6 +119,18 @@ def test_cql_over_lists_keeps_to_what_the_log_does() -> None:
     # The log takes any possible move alike: none is held down more than another.
     found, wanted = learned({"cql": {"alpha": 0.5}}), exact()
     assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.8
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_bcq_over_lists_never_takes_what_the_log_does_not(double: bool) -> None:
+    # Two steps at once would be the best; where they are possible, the log takes them once in a hundred times.
+    found = learned({"bcq": {"threshold": 0.3, "double": double}}, likely=(1, 1, 1, 0.03))
+    two = possible(np.arange(PLACES))[:, 3]
+    assert two.any()
+    assert (found[two, 3] == np.float32(NEVER)).all()
+    np.testing.assert_allclose(found[:, :3], exact(moves=3)[:, :3], atol=0.06)
+    there = possible(np.arange(PLACES))[:, :3]
+    assert np.abs(exact()[:, :3][there] - exact(moves=3)[:, :3][there]).max() > 0.06
 
 
 def test_cloning_over_lists_learns_the_logged_probabilities() -> None:
