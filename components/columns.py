@@ -23,9 +23,8 @@ BATCH_ROWS = 65_536
 DESCRIPTION, LISTS = "columns.json", ("described", "offsets", "items", "logged")
 Make = Callable[[str, type, tuple[int, ...]], np.ndarray]
 """(name, type, shape) -> room for an array."""
-Choose = Callable[[list[str], np.ndarray, np.ndarray], np.ndarray]
-"""(ids of MDPs, sorted, how many rows each has, and whether no decision before its last was rejected) -> bool, which of
-them are read."""
+Choose = Callable[[list[str], np.ndarray], np.ndarray]
+"""(ids of MDPs, sorted, and how many rows each has) -> bool, which of them are read."""
 
 
 def load_transitions(features: str | Path, spec: JobSpec, choose: Choose | None = None) -> Transitions:
@@ -33,11 +32,28 @@ def load_transitions(features: str | Path, spec: JobSpec, choose: Choose | None 
     return _read(Path(features), spec, lambda _, dtype, shape: np.empty(shape, dtype), choose)
 
 
+def check_split(features: str | Path, spec: JobSpec) -> None:
+    """Raise `StageError` for training data of which nothing is held out, or no MDP that evaluation could read.
+
+    It leaves out those with quarantined decisions before their last. Where there are no rows at all, nothing is said.
+    """
+    keys = ds.dataset(Path(features) / "training", format="parquet").to_table(["mdp_id", "ordinal"])
+    mdps = keys.group_by("mdp_id").aggregate([("ordinal", "max"), ("ordinal", "count")])
+    if len(mdps) == 0:
+        return
+    out = check_held_out(mdps["mdp_id"].to_pylist(), spec)
+    if not pc.equal(mdps["ordinal_max"], mdps["ordinal_count"]).to_numpy()[out].any():
+        raise StageError(
+            "evaluation: every held-out MDP has quarantined decisions before its last; mend the log, or set "
+            "data.holdoutFraction higher"
+        )
+
+
 def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
     """Lay out the rows of the MDPs that are not held out, a file for each column.
 
     In memory are about a hundred bytes a row meanwhile, and all lists of described actions. Raises `StageError` where
-    there are no rows, no whole MDP is held out, or there is no room for the files.
+    there are no rows, none is held out, or there is no room for the files.
     """
     directory.mkdir(parents=True)
     made: list[np.memmap] = []
@@ -54,17 +70,7 @@ def write_columns(features: str | Path, spec: JobSpec, directory: Path) -> None:
             raise StageError(f"training: no room to lay out {size:,} bytes in {path}: {error.strerror}") from None
         return made[-1]
 
-    def choose(mdp_ids: list[str], _: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        out = check_held_out(mdp_ids, spec)
-        if not whole[out].any():
-            # Told before hours of training, not after them.
-            raise StageError(
-                "evaluation: every held-out MDP has rejected decisions before its last; mend the log, or set "
-                "data.holdoutFraction higher"
-            )
-        return ~out
-
-    found = _read(Path(features), spec, in_file, choose, say=True)
+    found = _read(Path(features), spec, in_file, lambda mdp_ids, _: ~check_held_out(mdp_ids, spec), say=True)
     for array in made:
         array.flush()
     description: dict[str, Any] = {name: getattr(found, name) for name in ("features", "actions", "metric_names")}
@@ -108,9 +114,7 @@ def _read(features: Path, spec: JobSpec, make: Make, choose: Choose | None, say:
     mdp = np.argsort([known[mdp_id] for mdp_id in mdp_ids])[mdp]
     order = np.lexsort((ordinal, mdp))
     if choose:
-        lengths, last = np.bincount(mdp), np.zeros(len(mdp_ids), np.int64)
-        np.maximum.at(last, mdp, ordinal)
-        order = order[choose(mdp_ids, lengths, lengths == last)[mdp[order]]]
+        order = order[choose(mdp_ids, np.bincount(mdp))[mdp[order]]]
     place = np.full(total, -1)
     place[order] = np.arange(len(order))
 

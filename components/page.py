@@ -40,6 +40,14 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.globals["colours"] = COLOURS
 
 
+def number(value: float) -> str:
+    """To four digits, and without an exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+_ENVIRONMENT.filters["number"] = number
+
+
 def template(body: str) -> jinja2.Template:
     """A page with this body; it is rendered with a `title`, and has a macro `verdict(kind, reason, name)`."""
     start = '{% extends "frame" %}{% from "macros" import verdict %}{% block body %}'

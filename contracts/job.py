@@ -362,7 +362,10 @@ class BCQ(QLearning):
     """Batch-constrained Q-learning (Fujimoto et al. 2019, arXiv 1910.01708): only actions that the log would take."""
 
     threshold: float = Field(
-        0.3, ge=0, le=1, description="An action counts where it is at least this likely, relative to the likeliest."
+        0.3,
+        ge=0,
+        le=1,
+        description="An action counts where it is at least this likely, relative to the likeliest of those possible.",
     )
 
 

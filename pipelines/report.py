@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from components.normalization.spec import NormalizationSpec
-from components.page import svg
+from components.page import number, svg
 from components.understanding.page import figure, read_understanding
 from contracts.job import ESTIMATORS, REWARD, RLTrainingJob
 
@@ -170,4 +170,5 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["number"] = number
     return environment.get_template("report.html.jinja")

@@ -81,7 +81,7 @@ def evaluate(
 def sampled(spec: JobSpec) -> Choose:
     """Of training and of held-out MDPs some, by their hash, until they have about as many rows as the job says."""
 
-    def choose(mdp_ids: list[str], lengths: np.ndarray, _: np.ndarray) -> np.ndarray:
+    def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
         out = check_held_out(mdp_ids, spec)
         limit = spec.evaluation.sample_rows, f"evaluation-{spec.seed}", SAMPLED_MDPS
         return sample_mdps(mdp_ids, lengths, out, *limit) | sample_mdps(mdp_ids, lengths, ~out, *limit)
@@ -285,5 +285,5 @@ def _whole_mdps(data: Transitions) -> tuple[Transitions, int]:
     holed = np.unique(data.mdp[data.ordinal != place])
     kept = data.select(np.flatnonzero(~np.isin(data.mdp, holed)))
     if len(kept) == 0:
-        raise StageError("evaluation: every held-out MDP read has rejected decisions before its last; mend the log")
+        raise StageError("evaluation: every held-out MDP read has quarantined decisions before its last; mend the log")
     return kept, len(holed)

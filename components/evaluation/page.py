@@ -24,7 +24,7 @@ _TEMPLATE = template("""\
 {% set e = report.final[estimator].get(m) %}
 <td{% if estimator == gate.estimator and m == gate.metric %} class="judged"{% endif %}>
 {% if e %}
-{{ "%.4g" % e.value }} [{{ "%.4g" % e.low }}, {{ "%.4g" % e.high }}]
+{{ e.value | number }} [{{ e.low | number }}, {{ e.high | number }}]
 {% if e.relative is not none %}
 <small>× {{ "%.3g" % e.relative }} [{{ "%.3g" % e.relative_low }}, {{ "%.3g" % e.relative_high }}]</small>
 {% endif %}
@@ -35,7 +35,7 @@ refused
 {% endfor %}</tr>
 {% endfor %}
 {% for label, values in [("per step", report.logged.per_step), ("per MDP", report.logged.per_mdp)] %}
-<tr><td>Logged policy, {{ label }}</td>{% for m in metrics %}<td>{{ "%.4g" % values[m] }}</td>{% endfor %}</tr>
+<tr><td>Logged policy, {{ label }}</td>{% for m in metrics %}<td>{{ values[m] | number }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 <h2>{{ gate.metric }} over epochs</h2>

@@ -29,7 +29,7 @@ def export_policy(spec: JobSpec, features: str | Path, training: str | Path, out
     read_record(training)
     with stage("export", output) as (directory, facts):
         bundle = read_bundle(Path(training) / "policy")
-        data = load_transitions(features, spec, lambda _, lengths, __: np.cumsum(lengths) - lengths < CHECKED_ROWS)
+        data = load_transitions(features, spec, lambda _, lengths: np.cumsum(lengths) - lengths < CHECKED_ROWS)
         report(0, 1, "ONNX")
         facts |= write_version(
             directory / "model_repository",

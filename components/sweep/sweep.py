@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
-from components.columns import write_columns
+from components.columns import check_split, write_columns
 from components.evaluation.evaluate import FEWEST_MDPS, evaluate
 from components.sweep.page import best_of, write_page
 from components.training.bundle import DESCRIPTION
@@ -45,6 +45,8 @@ def sweep_and_train(
     work = output.with_name(f"{output.name}.sweep")
     read_record(features), read_record(normalization)
     try:
+        # Told before hours of trials, not after them.
+        check_split(features, spec)
         chosen, tried = search(spec, Path(features), Path(normalization), work, warm_start)
     except Exception as error:
         with stage("training", output):

@@ -56,7 +56,8 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
         if not lists.logged.any():
             sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL | BCQ)
             without = f", or set algorithm.{spec.algorithm.name}.nextAction: logged" if sarsa else ""
-            learns = "best next action" if isinstance(algorithm, QLearning) else "log's choice"
+            best = isinstance(algorithm, QLearning) and algorithm.next_action == "best"
+            learns = "best next action" if best else "log's choice"
             raise StageError(
                 f"algorithm.{spec.algorithm.name}: the log has no possible_actions to tell what else a decision could "
                 f"have taken, and so nothing of the {learns}; log them{without}"

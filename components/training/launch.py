@@ -19,7 +19,7 @@ from torchx.components.dist import torchrun
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppState, Resource, VolumeMount
 
-from components.columns import open_columns, write_columns
+from components.columns import check_split, open_columns, write_columns
 from components.training.bundle import DESCRIPTION
 from components.training.figures import LOSSES
 from components.training.fits import check_fits
@@ -85,6 +85,8 @@ def train(
         _laid_out(features, spec, directory / "columns", laid_out) as columns,
     ):
         (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
+        if not laid_out:
+            check_split(features, spec)
         data, digest = open_columns(columns)
         warnings = check_fits(data, spec, rewards_to_learn_from(data, spec))
         for warning in warnings:

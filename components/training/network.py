@@ -174,7 +174,10 @@ class ConstrainedNetwork(nn.Module):
         self.floor = math.log(threshold) if threshold else -math.inf
 
     def forward(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
-        """float32 [batch, inputs], and bool [batch, actions] where not all actions are -> float32 [batch, actions]."""
+        """float32 [batch, inputs], and bool [batch, actions] where not all actions are -> float32 [batch, actions].
+
+        Of described actions, which come one by one, nothing is excluded here: that takes their lists, as `score` has.
+        """
         logits = self.imitation(x)
         if possible is not None:
             logits = torch.where(possible, logits, IMPOSSIBLE)

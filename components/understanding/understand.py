@@ -89,7 +89,7 @@ def understand(spec: JobSpec, features: str | Path, normalization: str | Path, o
 def training_sample(spec: JobSpec) -> Choose:
     """Training MDPs, by their hash, until there are about as many rows as the job says."""
 
-    def choose(mdp_ids: list[str], lengths: np.ndarray, _: np.ndarray) -> np.ndarray:
+    def choose(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
         train, limit = ~check_held_out(mdp_ids, spec), spec.understanding.sample_rows
         return sample_mdps(mdp_ids, lengths, train, limit, f"understanding-{spec.seed}")
 

@@ -315,6 +315,10 @@ def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
         check_fits(without, spec, np.zeros(N))
     by_logged = JobSpec.model_validate(LISTS | {"algorithm": {"dqn": {"nextAction": "logged"}}})
     assert check_fits(without, by_logged, np.zeros(N)) == []
+    for kind in ("cql", "bcq"):
+        also = JobSpec.model_validate(LISTS | {"algorithm": {kind: {"nextAction": "logged"}}})
+        with pytest.raises(StageError, match=r"nothing of the log's choice; log them$"):
+            check_fits(without, also, np.zeros(N))
     some = dataclasses.replace(without, possible=dataclasses.replace(alone, logged=np.arange(N) > 0))
     [warning] = check_fits(some, spec, np.zeros(N))
     assert warning.startswith(f"possible_actions: 1 of {N:,} decisions have none")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components import columns
-from components.columns import load_transitions, open_columns, write_columns
+from components.columns import check_split, load_transitions, open_columns, write_columns
 from components.transitions import Lists, Transitions, held_out
 from contracts.job import JobSpec
 from contracts.stage import StageError, digest_files, stage
@@ -124,23 +124,25 @@ def test_a_log_with_nothing_to_hold_out_is_refused(tmp_path: Path, features: Pat
         write_columns(features, none, tmp_path / "columns")
 
 
-def test_a_log_whose_held_out_mdps_all_have_a_hole_is_refused(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+@pytest.mark.parametrize(
+    ("ordinal", "but", "refused"), [(1, 0, True), (2, 0, True), (2, 1, False), (STEPS, 0, False), (STEPS + 1, 0, False)]
+)
+def test_a_log_whose_held_out_mdps_all_have_a_hole_is_refused(
+    features: Path, spec: JobSpec, ordinal: int, but: int, refused: bool
+) -> None:
     files = sorted((features / "training").iterdir())
     rows = pa.concat_tables([pq.read_table(file) for file in files])
     ids = sorted(set(rows["mdp_id"].to_pylist()))
     out = [mdp_id for mdp_id, kept_out in zip(ids, held_out(ids, spec), strict=True) if kept_out]
-
-    def without_second_decisions(mdp_ids: list[str]) -> None:
-        hole = pc.and_(pc.equal(rows["ordinal"], 2), pc.is_in(rows["mdp_id"], pa.array(mdp_ids)))
-        for file in files:
-            file.unlink(missing_ok=True)
-        pq.write_table(rows.filter(pc.invert(hole)), files[0])
-
-    without_second_decisions(out)
-    with pytest.raises(StageError, match="every held-out MDP has rejected decisions before its last"):
-        write_columns(features, spec, tmp_path / "holes")
-    without_second_decisions(out[1:])
-    write_columns(features, spec, tmp_path / "columns")
+    hole = pc.and_(pc.equal(rows["ordinal"], ordinal), pc.is_in(rows["mdp_id"], pa.array(out[but:])))
+    for file in files:
+        file.unlink()
+    pq.write_table(rows.filter(pc.invert(hole)), files[0])
+    if refused:
+        with pytest.raises(StageError, match="every held-out MDP has quarantined decisions before its last"):
+            check_split(features, spec)
+    else:
+        check_split(features, spec)
 
 
 def test_a_full_disk_is_told_and_not_died_of(
@@ -186,10 +188,9 @@ def test_a_slate_of_what_is_not_listed_is_refused(features: Path, spec: JobSpec)
 def test_of_chosen_mdps_no_other_is_read(features: Path, spec: JobSpec) -> None:
     whole = load_transitions(features, spec)
 
-    def every_seventh(mdp_ids: list[str], lengths: np.ndarray, without_hole: np.ndarray) -> np.ndarray:
+    def every_seventh(mdp_ids: list[str], lengths: np.ndarray) -> np.ndarray:
         assert mdp_ids == whole.mdp_ids
         assert lengths.tolist() == [STEPS] * MDPS
-        assert without_hole.all()
         return np.arange(MDPS) % 7 == 2
 
     some = load_transitions(features, spec, every_seventh)

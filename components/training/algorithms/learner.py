@@ -137,7 +137,10 @@ def score(network: nn.Module, state: Tensor, possible: Possible) -> Tensor:
 
 
 def constrained(network: ConstrainedNetwork, values: Tensor, logits: Tensor, possible: Possible) -> Tensor:
-    """Those values whose actions the log would take, by the logits of its model; others are `NEVER`."""
+    """Those values whose actions the log would take, by the logits of its model; others are `NEVER`.
+
+    Impossible ones among named actions are for the caller to leave out.
+    """
     likeliest = highest(logits, possible)
     each = likeliest.index_select(0, possible.row) if isinstance(possible, Listed) else likeliest.unsqueeze(1)
     return network.constrained(values, logits, each)
@@ -188,7 +191,8 @@ def logsumexp(scores: Tensor, possible: Possible) -> Tensor:
 
 
 def mean(scores: Tensor, possible: Possible) -> Tensor:
-    """The mean of what each decision's scores are on average, of listed ones however long its list is."""
+    """The mean of what each decision's scores are on average: of all named actions, possible or not, of all listed ones
+    however long the list is."""
     if not isinstance(possible, Listed):
         return scores.mean()
     lengths = scores.new_zeros(possible.decisions).index_add(0, possible.row, torch.ones_like(scores))

@@ -111,7 +111,7 @@ def test_mdps_with_a_hole_are_left_out_and_those_cut_at_their_end_are_kept() -> 
 
 
 def test_nothing_left_but_holes_is_refused() -> None:
-    with pytest.raises(StageError, match="rejected decisions before its last"):
+    with pytest.raises(StageError, match="quarantined decisions before its last"):
         _whole_mdps(rows([0, 0], truncated=[0], ordinal=[1, 3]))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.columns import load_transitions, open_columns
@@ -13,7 +15,7 @@ from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
 from components.transitions import held_out
 from contracts.job import JobSpec
-from contracts.stage import StageError, TransientError, read_record
+from contracts.stage import StageError, TransientError, read_record, stage
 
 MDPS = 400
 JOB: dict[str, Any] = {
@@ -49,6 +51,19 @@ def swept(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("swept") / "training"
     sweep_and_train(SPEC, stages / "features", stages / "normalization", output)
     return output
+
+
+def test_a_log_that_evaluation_cannot_read_is_refused_before_any_trial(stages: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(stages / "features" / "training")
+    at = rows.schema.get_field_index("ordinal")
+    second = pa.array([2] * len(rows), rows.schema.field("ordinal").type)
+    with stage("features", tmp_path / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        pq.write_table(rows.set_column(at, "ordinal", second), directory / "training" / "part.parquet")
+        facts |= {"features": ["x"]}
+    with pytest.raises(StageError, match="every held-out MDP has quarantined decisions"):
+        sweep_and_train(SPEC, tmp_path / "features", stages / "normalization", tmp_path / "training")
+    assert not (tmp_path / "training.sweep").exists()
 
 
 def test_the_policy_is_trained_with_the_settings_that_were_judged_best(swept: Path) -> None:

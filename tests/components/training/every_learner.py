@@ -34,6 +34,7 @@ LEARNERS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("parametric", {"qrDqn": {}}),
     ("parametric", {"cql": {}}),
     ("parametric", {"bcq": {}}),
+    ("parametric", {"bcq": {"nextAction": "logged"}}),
     ("parametric", {"dqn": {"nextAction": "logged"}}),
     ("parametric", {"behaviourCloning": {}}),
     ("slate", {"slateQ": {}}),

@@ -115,12 +115,13 @@ def test_new_features_and_values_change_nothing_at_first_and_are_learned(
 
 
 @pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("name", ["dqn", "bcq"])
 def test_new_features_of_items_change_nothing_at_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], dueling: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, dueling: bool
 ) -> None:
     colour = feature("colour", "enum", values=[1.0, 2.0])
     then, now = (Actions([], described=spec(X, colour)), Actions([], described=spec(PLACE, colour, X)))
-    made = Algorithm.model_validate({"dqn": {"hiddenLayers": [8], "dueling": dueling}})
+    made = Algorithm.model_validate({name: {"hiddenLayers": [8], "dueling": dueling}})
     torch.manual_seed(0)
     before, network = build_network(made, BEFORE, then), build_network(made, BEFORE, now)
     bundle = tmp_path / "bundle"

@@ -256,11 +256,11 @@ class TestWhatIsKnownAndWhatFollows:
         settings = {"actions": ["a", "b"], "understanding": {"sampleRows": 500}}
         spec = JobSpec.model_validate(settings)
         out = held_out(ids, spec)
-        chosen = training_sample(spec)(ids, lengths, lengths > 0)
+        chosen = training_sample(spec)(ids, lengths)
         assert chosen.sum() == 72
         assert not (chosen & out).any()
         whole = JobSpec.model_validate(settings | {"understanding": {"sampleRows": 10**6}})
-        assert (training_sample(whole)(ids, lengths, lengths > 0) == ~out).all()
+        assert (training_sample(whole)(ids, lengths) == ~out).all()
 
 
 @pytest.fixture(scope="module")
