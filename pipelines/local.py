@@ -137,6 +137,14 @@ def log(run: Run, display: Display) -> None:
     display.finish("log", made["seconds"], text=f"{made['rows']:,} decisions")
 
 
+def _alternatives(pattern: str) -> list[str]:
+    """A pattern with its `{a,b}`, which Spark knows and Python's glob does not, written out."""
+    if not (braces := re.search(r"\{([^{}]*)\}", pattern)):
+        return [pattern]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [one for part in braces[1].split(",") for one in _alternatives(before + part + after)]
+
+
 def train_and_evaluate(run: Run, display: Display, warm_start: str = "") -> None:
     """Run the KFP pipeline with its cache, and link each stage's directory into the run's; raises `StageError`."""
     from kfp import local
@@ -153,7 +161,9 @@ def train_and_evaluate(run: Run, display: Display, warm_start: str = "") -> None
     for name, form, text in inputs:
         for path in split_paths(text) if form != "table" else []:
             # What lies elsewhere stands for itself by its name.
-            found = [] if "://" in path else sorted(map(Path, glob.glob(path)))
+            found = (
+                [] if "://" in path else sorted(Path(one) for each in _alternatives(path) for one in glob.glob(each))
+            )
             if not found and "://" not in path:
                 raise StageError(f"spec.data.{name} {path}: no such file or directory")
             data += found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from contracts.transitions import FEAST_NAME_TAG
@@ -41,7 +41,8 @@ class OnlineState:
     def read(self, at: datetime | None = None, **keys: Any) -> dict[str, float]:
         """The features of these join keys by name, without those missing, or older at `at` (now) than their TTL.
 
-        Ages are in whole seconds. A store holds the newest values alone: an `at` before their time finds nothing.
+        An `at` without a time zone is in UTC. Ages are in whole seconds. A store holds the newest values alone: an `at`
+        before their time finds nothing.
         Raises KeyError for a join key that is not given.
         """
         for key in self._keys:
@@ -51,7 +52,7 @@ class OnlineState:
         found = self._store.get_online_features(features=self._features, entity_rows=[row])
         values = found.to_dict(include_event_timestamps=True)
         # Feast's offline join heeds a view's TTL, its online reads do not. Stamps are whole seconds in some stores.
-        now = at.timestamp() if at else time.time()
+        now = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() if at else time.time()
         return {
             own: float(values[name][0])
             for name, own in self._names.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
     `repository/`. Where the job names a feature service, its values are joined by Feast, point in time: a value
     stamped after the decision is never used, one at the same instant is, one older than its view's TTL is missing, and
     missing stays missing (null); features joined by `data.features.actionKey` are those of the action taken, columns
-    `action_feature_<feature>`. Either way the online store gets the newest values, up to the last decision.
+    `action_feature_<feature>`. Either way the online store gets the newest values, up to the last decision, or to now.
     """
     read_record(timeline)
     with stage("features", output) as (directory, facts), spark_session("features") as spark:
@@ -62,9 +62,10 @@ def join_features(spec: JobSpec, timeline: str | Path, output: str | Path) -> No
             store, service = feast_store.publish(settings, directory / REPOSITORY, training, own)
         report(1, 3, "materializing online")
         first, last = transitions.agg(F.min("event_time"), F.max("event_time")).collect()[0]
-        # Spark returns naive times in UTC.
+        # Spark returns naive times in UTC. A store that had been brought up to a time to come would take nothing more
+        # until then.
         facts["materialized"] = feast_store.materialize(
-            store, service, first.replace(tzinfo=UTC), last.replace(tzinfo=UTC)
+            store, service, first.replace(tzinfo=UTC), min(last.replace(tzinfo=UTC), datetime.now(UTC))
         )
         report(2, 3, "counting")
         written = spark.read.parquet(str(training))

@@ -155,6 +155,8 @@ def publish(settings: Features, repository: Path, source: Path, features: list[s
             path=str(source),
             file_format="parquet",
             timestamp_field="event_time",
+            # Of decisions at one instant, the last is the newest.
+            created_timestamp_column="ordinal",
             field_mapping={STATE_PREFIX + name: field for name, field in fields.items()},
         ),
     )

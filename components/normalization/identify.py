@@ -36,7 +36,7 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
     Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
     normality, and all rows for counts and ends; and once more the columns of few integers of which the sample has
     missed some. An action's feature is called `action_feature_<name>` where both kinds are spoken of. Raises
-    `StageError` when no feature of the state is left to learn from.
+    `StageError` when no feature of the state, or of described actions, is left to learn from.
     """
     record = read_record(features)
     groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
@@ -68,8 +68,9 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
         for prefix, group in groups.items():
             kept = [f for name in group if isinstance(f := made[prefix + name], FeatureNormalization)]
             dropped = {name: reason for name in group if isinstance(reason := made[prefix + name], str)}
-            if prefix == STATE_PREFIX and not kept:
-                raise StageError(f"normalization: no feature of the state carries information: {dropped}")
+            if not kept and (prefix == STATE_PREFIX or (group and spec.action_space in ("parametric", "slate"))):
+                what = "the state" if prefix == STATE_PREFIX else "the actions"
+                raise StageError(f"normalization: no feature of {what} carries information: {dropped}")
             presence = [f.name for f in kept if f.evidence["missing"]] if spec.normalization.presence else []
             if group:
                 result = NormalizationSpec(inputs=group, features=kept, presence=presence, dropped=dropped)
@@ -138,6 +139,10 @@ def examine(
     low, high = as_seen(np.array([summary["minimum"], summary["maximum"]])).tolist()
     if reason := carries_nothing(evidence, low, high, limits, override):
         return reason
+    if low == high:
+        evidence |= {"minimum": low, "maximum": high, "distinct": 1.0, "mean": low, "stddev": 0.0}
+        how = f"always {low:g} where it is there: what tells is whether it is"
+        return FeatureNormalization(name=name, type="enum", values=[low], how=how, evidence=evidence)
     if sample.size == 0 or np.ptp(sample) == 0:
         # Its other values are rarer than the sample shows: the ends of all rows are two of them.
         sample = np.append(sample, [low, high])
@@ -150,7 +155,7 @@ def carries_nothing(
     evidence: dict[str, float], low: float, high: float, limits: Normalization, override: str | None
 ) -> str:
     """Why a feature is of no use, or nothing; `low` and `high` are of all rows."""
-    if low == high:
+    if low == high and not evidence["missing"]:
         return f"constant at {low:g}"
     missing = evidence["missing"] / (evidence["missing"] + evidence["count"])
     if missing > limits.max_missing_fraction and not override:

@@ -23,7 +23,7 @@ from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, without_nu
 from components.timeline.returns import add_returns, add_returns_over, backwards, so_far, sums_in_one
 from contracts.job import JobSpec
 from contracts.progress import report
-from contracts.stage import StageError, stage
+from contracts.stage import StageError, TransientError, stage
 from contracts.transitions import NEXT_STATE_PREFIX, STATE_PREFIX
 
 LEFT_OUT = "left_out"
@@ -49,14 +49,19 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
     logged step), and where the job asks for them `returns_<n>` (over n decisions, null where the log breaks off
     before), `reward_timeline` (the metrics of the decisions from here on, in their order) and `next_state_<feature>`.
     Rows are sorted by MDP and ordinal; an MDP is never split over two files, so that the next state of a row is the
-    next row's state. Raises `StageError` when the log is missing, empty, or rejected beyond
-    `data.maxQuarantineFraction`.
+    next row's state. Outcomes that cannot be read go to `quarantine_outcomes/`. Raises `StageError` when the log is
+    missing, empty, or rejected beyond `data.maxQuarantineFraction`, and `TransientError` when it changed while it was
+    read.
     """
     with stage("timeline", output) as (directory, facts), spark_session("timeline") as spark:
         report(0, 4, "reading the log")
         log = read_log(spark, decision_log, spec.data, spec.action_space)
         if outcomes:
-            log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data)
+            aside = directory / "quarantine_outcomes"
+            log, facts["outcomes"] = join_outcomes(spark, log, outcomes, spec.data, aside)
+            reported, lost = facts["outcomes"]["reports"], facts["outcomes"]["unparsable"]
+            if lost > spec.data.max_quarantine_fraction * reported:
+                raise StageError(_too_many(lost, reported, *count_reasons(spark, aside), spec, outcomes))
         checked = whole = with_reason(log, spec)
         if outcomes:
             # What is held is computed for every row: of a good one its columns are enough, until it is set aside.
@@ -83,13 +88,13 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
             "rows_left_out": left_out, "reasons": reasons,
         }  # fmt: skip
         if rejected > spec.data.max_quarantine_fraction * (rows - left_out):
-            raise StageError(_too_many(facts, examples, spec, decision_log))
+            raise StageError(_too_many(rejected, rows - left_out, reasons, examples, spec, decision_log))
         report(3, 4, "reconciling")
         written = spark.read.schema(columns).parquet(str(directory / "transitions"))
         by_length = mdps_by_length(written)
         kept = sum(row["length"] * row["mdps"] for row in by_length)
         if kept != facts["rows_out"] or sum(reasons.values()) != rejected:
-            raise StageError(
+            raise TransientError(
                 f"timeline: {rows} rows in, but {kept} out and {sum(reasons.values())} quarantined; the log changed "
                 "while it was read, or an executor was lost: run again on a log that is not being written"
             )
@@ -115,7 +120,13 @@ def build_timeline(spec: JobSpec, decision_log: str, outcomes: str | None, outpu
                 "data.lastStep is not set: all last steps are taken for ends of their MDPs. Say terminal if they are, "
                 "truncated if the log's window cuts MDPs off, column if the log tells"
             )
-        if (still := facts.get("outcomes", {}).get("open", 0)) > OPEN * rows:
+        reported = facts.get("outcomes", {})
+        if reported and (readable := reported["reports"] - reported["unparsable"]) == reported["unmatched"] > 0:
+            document["warnings"].append(
+                f"data.outcomes: none of {readable:,} outcomes is of a decision in the log: their mdp_id and "
+                "sequence_number must be the decision's own, in the same unit"
+            )
+        if (still := reported.get("open", 0)) > OPEN * rows:
             document["warnings"].append(
                 f"for {still:,} of {rows:,} decisions data.outcomeWaitSeconds goes on beyond the last outcome: if "
                 "outcomes are still coming, theirs are missing here. Run again later, or leave their days out by "
@@ -445,13 +456,12 @@ def _named() -> Column:
     )
 
 
-def _too_many(facts: dict[str, Any], examples: dict[str, Any], spec: JobSpec, path: str) -> str:
-    table = "\n".join(
-        f"  {reason:28} {count:>10,}  e.g. {examples[reason]}" for reason, count in facts["reasons"].items()
-    )
-    used = facts["rows_in"] - facts["rows_left_out"]
+def _too_many(
+    rejected: int, rows: int, reasons: dict[str, int], examples: dict[str, Any], spec: JobSpec, path: str
+) -> str:
+    table = "\n".join(f"  {reason:28} {count:>10,}  e.g. {examples[reason]}" for reason, count in reasons.items())
     return (
-        f"{path}: {facts['rows_quarantined']:,} of {used:,} rows were rejected, more than "
+        f"{path}: {rejected:,} of {rows:,} rows were rejected, more than "
         f"data.maxQuarantineFraction {spec.data.max_quarantine_fraction} allows:\n{table}\n"
         "Mend the log, or raise the limit if these rows may be lost."
     )

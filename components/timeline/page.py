@@ -51,6 +51,13 @@ def write_page(report: dict[str, Any], path: str | Path) -> None:
         "MDPs over several days": report["mdps_over_days"],
         f"Longest MDP ({report['largest_mdp']['mdp_id']})": report["largest_mdp"]["rows"],
     }
+    told = {
+        "reports": "Outcomes",
+        "unmatched": "of no decision in the log",
+        "late": "too late",
+        "unparsable": "unreadable",
+    }
+    counts |= {name: report["outcomes"][key] for key, name in told.items() if "outcomes" in report}
     found = {name: report[name] for name in ("reasons", "warnings")}
     html = _TEMPLATE.render(title="Timeline", counts=counts, figure=_figure(report), **found)
     Path(path).write_text(html)

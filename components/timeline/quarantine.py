@@ -39,12 +39,13 @@ def with_reason(log: DataFrame, spec: JobSpec) -> DataFrame:
         ("non_finite_feature", not_finite("state_features")),
         ("non_finite_metric", not_finite("metrics")),
     ]
-    reason = F.coalesce(
-        F.when(F.col(UNREADABLE) == LINE, F.lit("unparsable")),
-        F.concat(F.lit("unreadable_"), UNREADABLE),
-        *[F.when(check, F.lit(name)) for name, check in checks],
-    )
-    return log.withColumn(REASON, reason)
+    return log.withColumn(REASON, F.coalesce(of_reading(), *[F.when(check, F.lit(name)) for name, check in checks]))
+
+
+def of_reading() -> Column:
+    """Why a row could not be read, null where it could."""
+    torn = F.when(F.col(UNREADABLE) == LINE, F.lit("unparsable"))
+    return F.coalesce(torn, F.concat(F.lit("unreadable_"), UNREADABLE))
 
 
 def _of_action(spec: JobSpec) -> list[tuple[str, Column]]:

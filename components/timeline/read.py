@@ -408,6 +408,9 @@ def _conform(
         else F.lit(None).cast(field.dataType)
         for field in wanted
     }
+    if "possible_actions" in known:
+        # An action was taken: an empty list, as ReAgent writes it at the end of an MDP, is none.
+        columns["possible_actions"] = F.when(F.size(columns["possible_actions"]) > 0, columns["possible_actions"])
     if data.state_columns:
         parts = [
             F.struct(F.lit(name).alias("k"), read("state_features", T.DoubleType(), name).alias("v"))

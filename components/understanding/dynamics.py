@@ -29,6 +29,7 @@ class Outcomes:
     features: dict[str, np.ndarray]  # columns of the state by feature
     action: Tensor  # float32 [N, A], one-hot; of others their standardized numbers, item by item of slates
     named: bool  # whether actions are names
+    possible: Tensor | None  # bool [N, A], of names those that could be taken
     propensity: Tensor  # float32 [N], NaN = not logged
     before: Tensor  # float32 [N, S + A + 1]: the step before, and 1; all 0 where there is none
     values: Tensor  # float32 [N, O], each with mean 0 and variance 1 over the rows that have it
@@ -68,6 +69,7 @@ def outcomes(data: Transitions, normalization: NormalizationSpec, reward: np.nda
         features={name: np.flatnonzero(sources == name) for name in dict.fromkeys(graph.output_features)},
         action=action[usable],
         named=named,
+        possible=torch.from_numpy(np.asarray(data.possible))[usable] if named else None,
         propensity=torch.from_numpy(data.propensity).float()[usable],
         before=before[usable],
         values=values[:, varies].float(),
@@ -86,7 +88,9 @@ def _action(data: Transitions) -> tuple[Tensor, bool]:
         numbers = data.action
     else:
         return nn.functional.one_hot(torch.from_numpy(data.action), len(data.actions)).float(), True
-    # What is missing is the mean, as in the networks.
+    # What is missing is the mean, as in the networks; that it is missing may tell items apart.
+    missing = np.isnan(numbers)
+    numbers = np.concatenate([numbers, missing[:, missing.any(0) & ~missing.all(0)]], 1)
     mean, spread = np.nanmean(numbers, 0), np.nanstd(numbers, 0)
     return torch.from_numpy(np.nan_to_num((numbers - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)), False
 
@@ -153,8 +157,8 @@ def likely_action(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Te
     It says about the state what the logged action says, and nothing else: what is explained beyond it is the action's
     doing. This is the conditional randomization of Candes et al. 2018 (arXiv 1610.02351, section 4.1), as is
     `likely_before`. Where the propensity p was logged, the action stays with probability p; else, and among the others,
-    probabilities fitted to `rows` decide. Of actions that are numbers, what the state tells of them stays, and the rest
-    is another decision's.
+    probabilities fitted to `rows` decide, of what was possible. Of actions that are numbers, what the state tells of
+    them stays, and the rest is another decision's.
     """
     if not data.named:
         everywhere = torch.ones(len(data.action), 1, dtype=torch.bool)
@@ -164,8 +168,11 @@ def likely_action(data: Outcomes, rows: np.ndarray, steps: int, seed: int) -> Te
         probability = model(data.state).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     known = ~data.propensity.isnan()
+    if data.possible is not None:
+        probability = probability * (data.possible | (data.action > 0))
     # Drawn again without itself, an action that does not stay leaves the others in their proportions.
-    probability = torch.where(known[:, None] & (data.action > 0), 0.0, probability)
+    others = torch.where(data.action > 0, 0.0, probability)
+    probability = torch.where(known[:, None] & (others.sum(1, keepdim=True) > 0), others, probability)
     drawn = nn.functional.one_hot(
         torch.multinomial(probability, 1, generator=generator).squeeze(1), probability.shape[1]
     )

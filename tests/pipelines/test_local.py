@@ -11,7 +11,7 @@ from components.training.algorithms.build import build_network
 from components.training.bundle import read_bundle, write_bundle
 from contracts.job import Algorithm, PolicyHead, load_job
 from contracts.stage import StageError
-from pipelines.local import Run, broken_off_trainings, kept_policy
+from pipelines.local import Run, _alternatives, broken_off_trainings, kept_policy
 
 EXAMPLE = Path(__file__).parents[2] / "manifests/examples/cartpole.yaml"
 
@@ -32,6 +32,11 @@ def test_trainings_that_did_not_end_are_those_since_the_last_that_did(tmp_path: 
     third, fourth = attempt(tmp_path, 3), attempt(tmp_path, 4)
     (tmp_path / "shop-2026-01-05-10-00-00-000000" / "features").mkdir(parents=True)  # killed before it trained
     assert broken_off_trainings(tmp_path) == [fourth, third]
+
+
+def test_a_pattern_may_name_several_as_it_may_to_spark() -> None:
+    assert _alternatives("logs/*.parquet") == ["logs/*.parquet"]
+    assert _alternatives("l/{a,b}/{1,2}.csv") == ["l/a/1.csv", "l/a/2.csv", "l/b/1.csv", "l/b/2.csv"]
 
 
 def test_a_policy_to_begin_with_outlives_the_training_that_it_came_from(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from feast import FeatureStore
 
 from components.features.point_in_time import REPOSITORY, join_features
-from components.features.store import SERVICE
+from components.features.store import SERVICE, VIEW
 from contracts.job import JobSpec
 from serving.online_state import OnlineState
 from tests.components.features.test_point_in_time import NOON, apply, joined, named, repository, row, timeline
@@ -89,6 +90,11 @@ class TestTheStateAtServing:
             trained = {name: found[f"state_{name}"] for name in ("age", "open") if found[f"state_{name}"] is not None}
             assert state.read(NOON, mdp_id=found["mdp_id"], shop=8) == trained
 
+    def test_is_that_of_the_last_of_decisions_at_one_instant(self, kind: str, redis: str, tmp_path: Path) -> None:
+        rows = [row("m", step, at=0, state_x=float(step)) for step in range(5)]
+        join_features(spec(self.store(kind, redis), "tied"), timeline(tmp_path / "timeline", rows), tmp_path / "out")
+        assert online(tmp_path / "out", "m") == {"x": 4.0}
+
     def test_is_missing_where_it_is_too_old(self, kind: str, redis: str, tmp_path: Path) -> None:
         rows = [row("m", 0, state_x=1.0)]
         join_features(spec(self.store(kind, redis), "old"), timeline(tmp_path / "timeline", rows), tmp_path / "out")
@@ -110,6 +116,13 @@ def test_a_run_over_older_days_does_not_take_the_store_back(redis: str, tmp_path
         rows = [row("m", step, state_x=float(step)) for step in range(steps)]
         join_features(job, timeline(tmp_path / name, rows), tmp_path / f"out-{name}")
     assert online(tmp_path / "out-old", "m", at=10) == {"x": 4.0}
+
+
+def test_a_decision_dated_in_the_future_does_not_keep_the_store_from_those_to_come(tmp_path: Path) -> None:
+    rows = [row("m", 0, state_x=1.0), row("m", 1, at=100 * 365 * 86_400, state_x=2.0)]
+    join_features(spec({"type": "sqlite"}), timeline(tmp_path / "timeline", rows), tmp_path / "out")
+    view = FeatureStore(repo_path=str(tmp_path / "out" / REPOSITORY)).get_feature_view(VIEW)
+    assert [end <= datetime.now(UTC) for _, end in view.materialization_intervals] == [True]
 
 
 def test_projects_keep_apart_what_has_the_same_name(redis: str, tmp_path: Path) -> None:

@@ -58,14 +58,21 @@ class TestTheStage:
     def test_features_that_carry_nothing_are_dropped_with_the_reason(self, identified: NormalizationSpec) -> None:
         assert identified.dropped == {
             "constant": "constant at 4",
-            "half_constant": "constant at 4",
             "never": "never present",
             "rare": "missing in 99.6000% of the rows",
         }
 
     def test_the_others_are_identified_or_set_by_hand(self, identified: NormalizationSpec) -> None:
         types = {f.name: f.type for f in identified.features}
-        assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous"}
+        assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous", "half_constant": "enum"}
+
+    def test_of_one_with_a_single_value_the_network_is_told_whether_it_is_there(
+        self, identified: NormalizationSpec
+    ) -> None:
+        half = next(f for f in identified.features if f.name == "half_constant")
+        assert half.how == "always 4 where it is there: what tells is whether it is"
+        rows = normalized(half.model_copy(update={"name": "x"}), np.array([4.0, np.nan]))
+        assert rows.tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
     def test_dropped_features_stay_inputs(self, identified: NormalizationSpec) -> None:
         assert identified.inputs == ["speed", "flag", "holed", "constant", "half_constant", "never", "rare"]
@@ -81,6 +88,32 @@ class TestTheStage:
         monkeypatch.setenv("SPARK_MASTER", "local[1]")
         with pytest.raises(StageError, match=r"normalization\.overrides\.sped: no such feature; there are speed, flag"):
             identify_features(job(overrides={"sped": "enum"}), written, tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_items_told_apart_by_which_features_they_have_keep_them_and_those_all_alike_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    """A one-hot description, of which logs may leave out the zeros, as ReAgent's do."""
+    monkeypatch.setenv("SPARK_MASTER", "local[1]")
+    first = rng().random(300) < 0.5
+    with stage("features", tmp_path / "features") as (directory, facts):
+        values = {"state_age": rng().normal(40, 9, 300)}
+        values |= {f"action_feature_{i}": np.where(first == i, np.nan if missing else 1.0, 1.0) for i in (0, 1)}
+        (directory / "training").mkdir()
+        table = pa.table({n: pa.array(v, pa.float64(), from_pandas=True) for n, v in values.items()})
+        pq.write_table(table, directory / "training" / "part.parquet")
+        facts |= {"features": ["age"], "action_features": ["0", "1"]}
+    spec = JobSpec.model_validate({"actionSpace": "parametric"})
+    if not missing:
+        with pytest.raises(StageError, match=r"no feature of the actions carries information: .*constant at 1"):
+            identify_features(spec, tmp_path / "features", tmp_path / "out")
+        return
+    identify_features(spec, tmp_path / "features", tmp_path / "out")
+    found = NormalizationSpec.read(tmp_path / "out" / "action_spec.json")
+    assert [f.name for f in found.features] == ["0", "1"]
+    items = NormalizationGraph(found)(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]))
+    assert not torch.equal(items[0], items[1])
 
 
 def test_features_of_the_state_and_of_the_action_have_a_spec_each(

@@ -330,8 +330,10 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
         for clicks, second in ((7.0, 2), (6.0, 1)):
             late = {"mdp_id": "a", "sequence_number": 2, "metrics": {"clicks": clicks}}
             stream.write(json.dumps(late | {"event_time": (NOON + timedelta(seconds=second)).isoformat()}) + "\n")
-    frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"))
-    assert counts == {"reports": 6, "unparsable": 1, "unmatched": 1, "late": 0, "open": 0}
+        stream.write('{"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": NaN}}\n')
+    aside = tmp_path / "aside"
+    frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), quarantine=aside)
+    assert counts == {"reports": 7, "unparsable": 2, "unmatched": 1, "late": 0, "open": 0}
     joined = frame.orderBy("sequence_number").collect()
     assert [row["metrics"] for row in joined] == [
         {"reward": 5.0, "clicks": 2.0},
@@ -340,6 +342,9 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     ]
     assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
+    rejected = {row["quarantine_reason"]: row["_as_it_was"] for row in spark.read.parquet(str(aside)).collect()}
+    assert rejected.keys() == {"unparsable", "non_finite_metric"}
+    assert rejected["unparsable"] == '{"mdp_id": "a", "sequ'
 
 
 def test_a_report_that_does_not_say_when_is_late_where_the_job_waits(spark, tmp_path):

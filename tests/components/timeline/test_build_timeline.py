@@ -13,7 +13,7 @@ import pytest
 from components.timeline import build
 from components.timeline.build import HEAD_ROWS, build_timeline
 from contracts.job import JobSpec
-from contracts.stage import RECORD, StageError
+from contracts.stage import RECORD, StageError, TransientError
 
 ROWS = [
     {
@@ -71,6 +71,18 @@ def test_a_duplicate_is_set_aside_with_columns_that_are_not_of_the_contract(tmp_
     assert json.loads(duplicate["_as_it_was"])["shelf"] == "upper"
 
 
+def test_too_many_outcomes_that_cannot_be_read_fail_with_a_table_and_none_that_match_are_warned_of(tmp_path):
+    log = write(tmp_path / "log.jsonl", ROWS)
+    good = {"mdp_id": "m5", "sequence_number": 0, "metrics": {"sale": 1.0}}
+    broken = write(tmp_path / "broken.jsonl", [good, good | {"metrics": {"sale": "much"}}])
+    with pytest.raises(StageError, match=r"broken\.jsonl: 1 of 2 rows .*\n +unreadable_metrics +1 +e\.g\. mdp_id m5"):
+        build_timeline(spec(), log, broken, tmp_path / "out")
+    elsewhere = write(tmp_path / "elsewhere.jsonl", [good | {"mdp_id": "m5.0"}])
+    build_timeline(spec(), log, elsewhere, tmp_path / "warned")
+    warnings = json.loads((tmp_path / "warned" / RECORD).read_text())["warnings"]
+    assert any("none of 1 outcomes is of a decision in the log" in warning for warning in warnings)
+
+
 def test_too_many_rejected_rows_fail_with_a_table_of_reasons_and_examples(tmp_path):
     broken = [row | {"action_probability": 2.0} if i < 40 else row for i, row in enumerate(ROWS)]
     with pytest.raises(StageError) as raised:
@@ -125,7 +137,7 @@ def test_the_same_log_gives_the_same_transitions_also_when_outcomes_are_told_twi
 def test_a_log_that_changes_while_it_is_read_fails_the_stage(tmp_path, monkeypatch):
     broken = [ROWS[0] | {"action_probability": 2.0, "sequence_number": 99}, *ROWS]
     monkeypatch.setattr("components.timeline.build.count_reasons", lambda *_: ({}, {}))
-    with pytest.raises(StageError, match="401 rows in, but 400 out and 0 quarantined; the log changed"):
+    with pytest.raises(TransientError, match="401 rows in, but 400 out and 0 quarantined; the log changed"):
         build_timeline(spec(), write(tmp_path / "log.jsonl", broken), None, tmp_path / "out")
 
 

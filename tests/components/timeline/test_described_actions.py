@@ -133,7 +133,7 @@ def test_a_slate_that_cannot_be_used_has_its_reason(tmp_path):
         ("non_finite_action", {"possible_actions": [SOFA, LAMP, {"price": "Infinity"}]}),
         ("action_not_possible", {"action": [SOFA, {"price": 1.0}]}),
         ("action_not_possible", {"action": [SOFA, SOFA]}),
-        ("action_not_possible", {"possible_actions": []}),
+        ("missing_possible_actions", {"possible_actions": []}),
         ("unreadable_action", {"action": [SOFA, {"price": "cheap"}]}),
         ("choice_not_on_slate", {"metrics": {"choice": 3.0}}),
         ("choice_not_on_slate", {"metrics": {"choice": 0.5}}),

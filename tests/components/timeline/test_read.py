@@ -173,7 +173,7 @@ class TestTheForms:
         rows = [
             {
                 "ds": "2019-01-01", "mdp_id": "0", "sequence_number": n, "state_features": {"0": 0.1 * n, "1": -1.0},
-                "action": "1", "reward": 1.0, "action_probability": 0.98, "possible_actions": ["0", "1"],
+                "action": "1", "reward": 1.0, "action_probability": 0.98, "possible_actions": [] if n else ["0", "1"],
                 "metrics": {"reward": 1.0} if n else {},
             }
             for n in (0, 1)
@@ -181,6 +181,7 @@ class TestTheForms:
         first, second = read(spark, jsonl(tmp_path / "cartpole.json", *rows))
         assert first["metrics"] == second["metrics"] == {"reward": 1.0}
         assert second["state_features"] == {"0": 0.1, "1": -1.0}
+        assert (first["possible_actions"], second["possible_actions"]) == (["0", "1"], None), "it leaves out an end's"
         assert datetime(2019, 1, 1) <= first["event_time"] < second["event_time"] < datetime(2019, 1, 2)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.transitions import Transitions, held_out
+from components.transitions import Lists, Transitions, held_out
 from components.understanding.dynamics import Outcomes, likely_action, outcomes
 from components.understanding.page import figure, read_understanding
 from components.understanding.understand import _examine, judge, shares, training_sample, understand
@@ -89,15 +89,29 @@ class TestTheChecks:
         data, generator = process(800, 3), np.random.default_rng(3)
         probability = np.where(data.state < 0, [[0.7, 0.2, 0.1]], [[0.1, 0.3, 0.6]])
         action = (generator.random((len(data), 1)) > probability.cumsum(1)).sum(1)
-        data = replace(
-            data, actions=["a", "b", "c"], action=action, propensity=probability[np.arange(len(data)), action]
-        )
+        taken = np.arange(len(data)), action
+        possible = np.ones((len(data), 3), bool)
+        possible[generator.random(len(data)) < 0.1, 2] = False
+        possible[taken] = True
+        data = replace(data, actions=["a", "b", "c"], action=action, propensity=probability[taken], possible=possible)
         made = outcomes(data, CONTINUOUS, data.reward({"reward": 1.0}))
         drawn = likely_action(made, np.arange(len(made.mdp)), 300, 0)
         for below in (True, False):
             rows = (made.state[:, 0] < 0) == below
             expected = torch.tensor([0.7, 0.2, 0.1] if below else [0.1, 0.3, 0.6])
             assert torch.allclose(drawn[rows].mean(0), expected, atol=0.04)
+        assert made.possible is not None
+        assert made.possible[drawn > 0].all(), "it could have been taken"
+
+    def test_items_that_differ_by_which_features_they_have_are_told_apart(self) -> None:
+        data = process(400, 1)
+        one_hot = np.array([[1.0, np.nan], [np.nan, 1.0]], np.float32)
+        lists = Lists(
+            ["left", "right"], one_hot, offsets=np.arange(0, 2 * len(data) + 1, 2),
+            items=np.tile([0, 1], len(data)), logged=np.ones(len(data), bool),
+        )  # fmt: skip
+        data = replace(data, actions=[], possible=lists)
+        assert verdicts(examined(data))["action_effect"] == "pass"
 
     def test_one_action_alone_tells_nothing_of_actions(self) -> None:
         data = process(100, 1)
