@@ -32,6 +32,10 @@ TRIAL, REPORT, PAGE = "trial.json", "sweep.json", "sweep.html"
 BATCH_ROWS = 1 << 16
 
 
+class CannotJudgeError(StageError):
+    """No trial can be judged, whatever its settings."""
+
+
 def sweep_and_train(
     spec: JobSpec, features: str | Path, normalization: str | Path, output: str | Path, warm_start: str = ""
 ) -> None:
@@ -132,10 +136,12 @@ def try_settings(
         document = json.loads((directory / "evaluation" / "report.json").read_text())
         report, mdps = document["final"][gate.estimator], document["diagnostics"]["held_out_mdps"]
         if "refused" in report:
-            raise StageError(f"sweep: the gate's estimator {gate.estimator} is refused: {report['refused']}")
+            raise CannotJudgeError(f"sweep: the gate's estimator {gate.estimator} is refused: {report['refused']}")
         if mdps < FEWEST_MDPS:
-            raise StageError(f"sweep: {mdps} MDPs to judge a trial by are too few for an interval; log more")
+            raise CannotJudgeError(f"sweep: {mdps} MDPs to judge a trial by are too few for an interval; log more")
         found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
+    except CannotJudgeError:
+        raise
     except (StageError, TransientError) as error:
         found["failed"] = str(error).splitlines()[0]
     except ValidationError as error:

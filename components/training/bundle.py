@@ -88,6 +88,13 @@ def read_bundle(directory: str | Path) -> Bundle:
     directory = Path(directory)
     if not (directory / DESCRIPTION).is_file():
         raise StageError(f"{directory}: no policy bundle here ({DESCRIPTION} is missing)")
+    try:
+        return _read(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{directory}: not a whole policy bundle; train again: {error}") from None
+
+
+def _read(directory: Path) -> Bundle:
     description = json.loads((directory / DESCRIPTION).read_text())
     if description.get("version") != VERSION:
         raise StageError(

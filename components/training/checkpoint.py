@@ -53,7 +53,7 @@ def load_checkpoint(trainer: Trainer, directory: Path) -> int:
     for place in _checkpoints(directory):
         try:
             description = json.loads((place / DESCRIPTION).read_text())
-            if _digest(place) != description["digest"]:
+            if _digest(place) != description["digest"] or description["step"] != int(place.name):
                 raise ValueError("its content is not what was written")
             reader = HuggingFaceStorageReader(str(place))
             state = {
@@ -63,12 +63,11 @@ def load_checkpoint(trainer: Trainer, directory: Path) -> int:
             }
             with _alone():
                 load(state, storage_reader=reader, no_dist=True)
-            step = int(description["step"])
             trainer.load_state(state)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{place}: this checkpoint is passed over: {error}", file=sys.stderr, flush=True)
             continue
-        return step
+        return int(place.name)
     return 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from components.training.worker import LOOKING_AHEAD
 from components.transitions import Lists, Transitions
-from contracts.job import BCQ, C51, CQL, JobSpec, LinearThompson, LogisticBandit, QLearning
+from contracts.job import BCQ, C51, CQL, JobSpec, LinearThompson, LinUCB, LogisticBandit, QLearning
 from contracts.stage import StageError
 
 LOOKED_AT, FEW = 10_000, 0.01
@@ -18,9 +18,15 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
 
     Returns what people should be warned of.
     """
+    warnings: list[str] = []
     if only := _only_action(data):
         raise StageError(
             f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
+        )
+    if no_choice(data):
+        raise StageError(
+            "possible_actions: each decision of the log lists the action that it took and no other, so that there is "
+            "nothing to choose; log all that was possible"
         )
     algorithm = spec.algorithm.config
     if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
@@ -43,6 +49,12 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
             f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
             "first of the slate would; name the metric that does"
         )
+    if isinstance(algorithm, LinUCB | LogisticBandit) and spec.export.policy == "softmax":
+        scores = "upper bounds of rewards" if isinstance(algorithm, LinUCB) else "probabilities of a reward"
+        warnings.append(
+            f"export.policy softmax: scores of {spec.algorithm.name} are {scores}, so that at temperature "
+            f"{spec.export.temperature:g} actions are taken about alike; set export.policy greedy or epsilonGreedy"
+        )
     lists = data.possible
     if isinstance(algorithm, LinearThompson) and isinstance(lists, np.ndarray) and not lists.all():
         raise StageError(
@@ -63,8 +75,18 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
                 f"have taken, and so nothing of the {learns}; log them{without}"
             )
         alone = f"{(~lists.logged).sum():,} of {len(data):,} decisions"
-        return [f"possible_actions: {alone} have none, as if nothing else had been possible"]
-    return []
+        warnings.append(f"possible_actions: {alone} have none, as if nothing else had been possible")
+    return warnings
+
+
+def no_choice(data: Transitions) -> bool:
+    """Whether nowhere in a log more than one action was possible."""
+    if isinstance(data.possible, Lists):
+        listed = np.diff(data.possible.offsets)[data.possible.logged]
+        return bool(len(listed)) and bool((listed <= 1).all())
+    # All are looked at only where the first ones have none.
+    first = slice(LOOKED_AT), slice(None)
+    return data.possible is not None and all((data.possible[rows].sum(1) <= 1).all() for rows in first)
 
 
 def _within_atoms(algorithm: C51, returns: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -135,14 +136,36 @@ def train(
 def take_over(*outputs: str | Path) -> None:
     """Move here what attempts that were broken off have left beside each other, for `train` to go on with.
 
-    BLUEWHALE_EARLIER_TRAINING names their directories, the last one's first.
+    BLUEWHALE_EARLIER_TRAINING names their directories, the last one's first. Where it is not set, as in a cluster,
+    they are looked for among the job's other runs.
     """
     places = [part for output in map(Path, outputs) for part in (output, _aside(output))]
-    for directory in filter(None, os.environ.get(EARLIER_VARIABLE, "").split(os.pathsep)):
+    told = os.environ.get(EARLIER_VARIABLE)
+    earlier = _broken_off(places[0]) if told is None else [Path(each) for each in told.split(os.pathsep) if each]
+    for directory in earlier:
         for place in places:
-            if (left := Path(directory) / place.name).exists() and not place.exists():
+            if (left := directory / place.name).exists() and not place.exists():
                 left.rename(place)
                 (place / RECORD).unlink(missing_ok=True)
+
+
+def _broken_off(output: Path) -> list[Path]:
+    """Where other runs have trained since one of them has finished, the last first.
+
+    KFP has a directory for each run, in it one for each task, and below that as many again for every one.
+    """
+    task = next((parent for parent in output.parents if parent.name == "training"), None)
+    if task is None:
+        return []
+    below = output.parent.relative_to(task).parts
+    found = task.parents[1].glob("/".join(["*", task.name, *["*" for _ in below]]))
+    others = [place for place in found if place.is_dir() and place != output.parent]
+    others.sort(key=_last_written, reverse=True)
+    return list(itertools.takewhile(lambda each: not (each / output.name / RECORD).exists(), others))
+
+
+def _last_written(place: Path) -> float:
+    return max((path.stat().st_mtime for path in place.iterdir()), default=0.0)
 
 
 def _aside(output: Path) -> Path:

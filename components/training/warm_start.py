@@ -71,6 +71,8 @@ def _places(
     """Where each input of the bundle's network is among the inputs of this one: of the state, then of an action."""
     if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
         raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}")
+    if bundle.actions.slate != actions.slate:
+        raise StageError(f"{directory}: its slates are of {bundle.actions.slate} items, this job's of {actions.slate}")
     if bundle.actions.bounds != actions.bounds:
         raise StageError(
             f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "

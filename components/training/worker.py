@@ -42,8 +42,10 @@ from components.training.warm_start import start_from
 from components.transitions import Lists, Transitions
 from contracts.job import (
     C51,
+    CQL,
     SAC,
     ActorCritic,
+    Algorithm,
     BehaviourCloning,
     JobSpec,
     QLearning,
@@ -83,6 +85,7 @@ def valued_by(spec: JobSpec) -> dict[str, Any]:
         "discount_interval": spec.reward.discount_interval,
         "reward_clip": [clip.low, clip.high] if clip else None,
         "reward_scale": spec.training.reward_scale,
+        **({"slate_choice": spec.slate.choice} if spec.slate else {}),
     }
 
 
@@ -264,7 +267,9 @@ def run_worker(
     # Fixed atoms bound the values themselves; soft values hold entropy, too.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     discounts = data.discount(spec.reward)
-    most = math.inf if bounded else _most(data, discounts, rewards)
+    # CQL holds a value down or up by alpha at most (Kumar et al. 2020, equation 3, without function approximation).
+    moved = algorithm.config.alpha if isinstance(algorithm.config, CQL) else 0.0
+    most = math.inf if bounded else _most(data, discounts, rewards, moved)
     network = build_network(algorithm, normalization, actions).to(device)
     looks_ahead = algorithm.config.steps if isinstance(algorithm.config, QLearning) else 1
     everything = not isinstance(algorithm.config, LOOKING_AHEAD)
@@ -312,9 +317,6 @@ def run_worker(
         "warm_start": started_from,
         "warnings": warnings,
     }
-    advice = {"continuous": "or choose iql or td3Bc", "slate": "or set nextSlate: logged"}.get(
-        actions.space, "keep double, or choose cql or bcq"
-    )
     with torch.no_grad():
         probed = store.batch(torch.from_numpy(probe))
     figures = None
@@ -322,7 +324,7 @@ def run_worker(
         sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
         monte_carlo = data.returns(probe, rewards, discounts) if sequential else rewards[probe]
         figures = Figures(output, learner, probed, torch.from_numpy(monte_carlo).to(device), actions, first=done + 1)
-    check = functools.partial(check_converges, most=most, advice=advice)
+    check = functools.partial(check_converges, most=most, advice=_remedy(algorithm))
     batches = store.batches(shuffled, done, ends[-1])
     kept = time.monotonic()
 
@@ -404,10 +406,23 @@ def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
     return usable[np.linspace(0, len(usable) - 1, size).astype(int)]
 
 
-def _most(data: Transitions, discounts: np.ndarray, rewards: np.ndarray) -> float:
-    """The largest size that a sum of the log's discounted rewards could have, for an MDP without an end."""
+def _remedy(algorithm: Algorithm) -> str:
+    """What else helps where values feed on themselves."""
+    config = algorithm.config
+    if isinstance(config, QLearning):
+        return {"cql": "or raise alpha", "bcq": "or choose cql"}.get(
+            algorithm.name, "keep double, or choose cql or bcq"
+        )
+    if isinstance(config, ActorCritic):
+        return {"iql": "or choose td3Bc", "td3Bc": "or lower alpha"}.get(algorithm.name, "or choose iql or td3Bc")
+    return "or set nextSlate: logged" if isinstance(config, SlateQ) else "or set rewardClip"
+
+
+def _most(data: Transitions, discounts: np.ndarray, rewards: np.ndarray, moved: float = 0.0) -> float:
+    """The largest size that a sum of the log's discounted rewards, each `moved` so far, could have, for an MDP without
+    an end."""
     ahead = discounts[~(data.terminal | data.truncated)].max(initial=0.0)
-    largest = float(np.abs(rewards).max())
+    largest = float(np.abs(rewards).max()) + moved
     return largest / (1 - float(ahead)) if ahead < 1 else math.inf
 
 

@@ -168,7 +168,8 @@ def test_a_trial_that_few_mdps_could_judge_is_none(
 ) -> None:
     monkeypatch.setattr(module, "FEWEST_MDPS", 101)
     with pytest.raises(StageError, match="100 MDPs to judge a trial by are too few for an interval"):
-        search(ranged(2, low=1e-3), stages / "features", stages / "normalization", tmp_path / "work")
+        search(ranged(9, low=1e-3), stages / "features", stages / "normalization", tmp_path / "work")
+    assert len(judged) == 2, "after the first that could be evaluated, no other would fare better"
 
 
 def test_a_range_is_searched_where_it_pays(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:

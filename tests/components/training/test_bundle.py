@@ -116,6 +116,19 @@ def test_tampered_weights_are_refused(tmp_path: Path) -> None:
         read_bundle(tmp_path / "policy")
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "normalization.json", WEIGHTS])
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_bundle_of_which_a_file_is_torn_or_gone_is_refused(tmp_path: Path, name: str, torn: bool) -> None:
+    write(tmp_path / "policy")
+    path = tmp_path / "policy" / name
+    if torn:
+        path.write_bytes(path.read_bytes()[:20])
+    else:
+        path.unlink()
+    with pytest.raises(StageError, match=r"train again|is missing"):
+        read_bundle(tmp_path / "policy")
+
+
 def test_a_bundle_of_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "policy")
     path = tmp_path / "policy" / "bundle.json"

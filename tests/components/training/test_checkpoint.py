@@ -1,6 +1,7 @@
 """A checkpoint brings back all that training needs, or is passed over for the one before."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -95,7 +96,27 @@ def with_half_a_description(directory: Path) -> None:
     (directory / DESCRIPTION).write_text('{"step": 3, "dig')
 
 
-@pytest.mark.parametrize("harm", [torn, flipped, without_weights, without_description, with_half_a_description])
+def with_another_step(directory: Path) -> None:
+    path = directory / DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 7}))
+
+
+def with_another_kind_of_description(directory: Path) -> None:
+    (directory / DESCRIPTION).write_text("[]")
+
+
+HARM = [
+    torn,
+    flipped,
+    without_weights,
+    without_description,
+    with_half_a_description,
+    with_another_step,
+    with_another_kind_of_description,
+]
+
+
+@pytest.mark.parametrize("harm", HARM)
 def test_one_that_is_not_what_was_written_is_passed_over(
     three: tuple[Path, list[Trainer]], capsys: pytest.CaptureFixture[str], harm: object
 ) -> None:

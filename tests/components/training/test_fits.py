@@ -1,10 +1,12 @@
 """A log that the algorithm cannot learn from is refused, with the reason and the remedy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from components.training.fits import check_fits
-from components.transitions import Transitions
+from components.transitions import Lists, Transitions
 from contracts.job import JobSpec
 from contracts.stage import StageError
 
@@ -21,16 +23,37 @@ def transitions(actions: list[int], truncated: bool = False) -> Transitions:
     )  # fmt: skip
 
 
+def without_choice(listed: bool = False) -> Transitions:
+    """Each decision could take but the action that it took; with names, or `listed` by their features."""
+    data = transitions([0, 1, 1])
+    if not listed:
+        return dataclasses.replace(data, possible=np.eye(2, dtype=bool)[data.action])
+    items = Lists(["price"], np.array([[1.0], [2.0]], np.float32), np.arange(4), data.action, np.ones(3, bool))
+    return dataclasses.replace(data, action=np.zeros(3, int), possible=items)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (transitions([1, 1, 1]), "takes only 'right' of left, right.*log some exploration"),
+        (without_choice(), "nothing to choose; log all that was possible"),
+        (without_choice(listed=True), "nothing to choose; log all that was possible"),
         (transitions([0, 1], truncated=True), "no transition is left.*data.lastStep"),
     ],
 )
 def test_a_log_that_cannot_be_learned_from_is_refused(data: Transitions, said: str) -> None:
     with pytest.raises(StageError, match=said):
         check_fits(data, SPEC, np.zeros(len(data), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "warned"),
+    [("linUcb", "softmax", True), ("linUcb", "greedy", False), ("linearThompson", "softmax", False)],
+)
+def test_a_head_that_would_take_all_actions_about_alike_is_warned_of(algorithm: str, policy: str, warned: bool) -> None:
+    job = {"actions": ["left", "right"], "algorithm": {algorithm: {}}, "export": {"policy": policy}}
+    warnings = check_fits(transitions([0, 1]), JobSpec.model_validate(job), np.zeros(2, np.float32))
+    assert ["export.policy softmax" in warning for warning in warnings] == [True] * warned
 
 
 @pytest.mark.parametrize("low", [-0.5, 0.0])

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +297,29 @@ def test_what_several_attempts_have_left_is_put_together_the_last_one_s_first(
     assert found == {"policy": "2", ".policy.before": "2", "policy.sweep": "1"}
     launch.take_over(third / "policy")  # as if it was killed right then, and began again in its place
     assert (third / "policy" / "whose").read_text() == "2"
+
+
+def test_in_a_cluster_the_jobs_other_runs_are_where_what_was_broken_off_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(EARLIER_VARIABLE, raising=False)
+    first, finished, third, fourth, now = (
+        tmp_path / "artifacts" / run / "training" / f"task-{run}" for run in ("9", "8", "7", "6", "5")
+    )
+    for age, place in enumerate((fourth, third, finished, first)):
+        (place / "policy").mkdir(parents=True)
+        (place / "policy" / "whose").write_text(place.name)
+        if place is finished:
+            (place / "policy" / RECORD).write_text("{}")
+        os.utime(place / "policy", (1e9 - age, 1e9 - age))
+    shutil.rmtree(fourth / "policy")  # it had not got that far
+    (first / "policy.sweep").mkdir()
+    os.utime(first / "policy.sweep", (1e9 - 9, 1e9 - 9))
+    now.mkdir(parents=True)
+    launch.take_over(now / "policy", now / "policy.sweep")
+    assert (now / "policy" / "whose").read_text() == "task-7"
+    assert not (now / "policy.sweep").exists(), "a training has finished since"
+    assert (finished / "policy" / RECORD).exists()
 
 
 def test_a_kill_while_what_was_left_is_taken_up_loses_nothing(tmp_path: Path) -> None:

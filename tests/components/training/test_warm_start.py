@@ -137,6 +137,16 @@ def test_new_features_of_items_change_nothing_at_first(
         start_from(str(bundle), build_network(made, BEFORE, gone), trainer.optimizer, BEFORE, gone, made, {})
 
 
+def test_slates_of_another_size_are_refused(tmp_path: Path) -> None:
+    made = Algorithm.model_validate({"slateQ": {"hiddenLayers": [8]}})
+    of = {size: Actions([], described=spec(X), slate=size) for size in (2, 5)}
+    network = build_network(made, BEFORE, of[2])
+    write_bundle(tmp_path / "bundle", network, made, BEFORE, of[2], PolicyHead(), {})
+    trainer = Trainer(build_learner(made, network), 0.01)
+    with pytest.raises(StageError, match="its slates are of 2 items, this job's of 5"):
+        start_from(str(tmp_path / "bundle"), network, trainer.optimizer, BEFORE, of[5], made, {})
+
+
 @pytest.mark.parametrize(
     ("now", "actions", "layers", "said"),
     [

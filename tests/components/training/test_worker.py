@@ -20,7 +20,7 @@ from components.columns import write_columns
 from components.training import worker
 from components.training.batches import Shuffled
 from components.training.trainer import missing_to_compile
-from components.training.worker import CHECKPOINTS, check_converges, rewards_to_learn_from
+from components.training.worker import CHECKPOINTS, _remedy, check_converges, rewards_to_learn_from
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
 from contracts.stage import StageError
@@ -329,6 +329,12 @@ def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
     assert again.wait(60) != 0
     assert "components/training/worker.py" in (said := capfd.readouterr().err)
     assert "in run_worker" not in said, "it refuses before it begins"
+
+
+@pytest.mark.parametrize("name", ["dqn", "c51", "qrDqn", "cql", "bcq"])
+def test_the_remedy_is_not_what_the_job_does_already(name: str) -> None:
+    atoms = {"lowestReturn": 0.0, "highestReturn": 1.0} if name == "c51" else {}
+    assert f"choose {name}" not in _remedy(Algorithm.model_validate({name: atoms}))
 
 
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
