@@ -21,6 +21,8 @@ from contracts.stage import StageError, read_record, stage
 
 SAMPLED_MDPS = 1_000
 """Of each side that are read, where there are so many, whatever rows they have."""
+AS_LOGGED = 0.1
+"""Most decisions, of all, at which a policy over lists that finds none is taken to do what was logged."""
 FEWEST_MDPS = 10
 """Whose resamples make an interval."""
 
@@ -70,6 +72,7 @@ def evaluate(
                 "held_out_decisions": len(held_out),
                 "excluded_mdps": excluded,
                 "unread_mdps": unread,
+                "as_logged_decisions": evaluator.as_logged,
             },
         }
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
@@ -236,10 +239,16 @@ class _Evaluator:
     @property
     def unlisted(self) -> str:
         """Why nothing can be said of a policy over described actions, where that is so."""
-        lists = self.held_out.possible
-        if not isinstance(lists, Lists) or lists.logged.all():
+        share = self.as_logged / len(self.held_out)
+        if share <= AS_LOGGED:
             return ""
-        return f"{(~lists.logged).sum():,} held-out decisions have no possible_actions to choose among"
+        return f"{share:.0%} of the held-out decisions, above {AS_LOGGED:.0%}, have no possible_actions to choose among"
+
+    @property
+    def as_logged(self) -> int:
+        """Of how many held-out decisions nobody knows what could have been chosen."""
+        lists = self.held_out.possible
+        return int((~lists.logged).sum()) if isinstance(lists, Lists) else 0
 
     @property
     def broken_off(self) -> str:
@@ -264,7 +273,11 @@ class _Evaluator:
         elif self.spec.slate:
             taken = slate_probability(bundle, self.held_out)
         else:
+            lists = self.held_out.possible
+            assert isinstance(lists, Lists)
             taken = taken_probability(plan(bundle, self.held_out), self.held_out)
+            # Without a list there is what was logged, by either policy.
+            taken = np.where(lists.logged, taken, logged)
         return np.asarray(taken / logged)
 
     def _interval(self, values: np.ndarray, logged: np.ndarray) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -319,14 +320,17 @@ def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
         also = JobSpec.model_validate(LISTS | {"algorithm": {kind: {"nextAction": "logged"}}})
         with pytest.raises(StageError, match=r"nothing of the log's choice; log them$"):
             check_fits(without, also, np.zeros(N))
-    some = dataclasses.replace(without, possible=dataclasses.replace(alone, logged=np.arange(N) > 0))
+    some = dataclasses.replace(data, possible=dataclasses.replace(lists, logged=np.arange(N) > 0))
     [warning] = check_fits(some, spec, np.zeros(N))
     assert warning.startswith(f"possible_actions: 1 of {N:,} decisions have none")
 
 
-def test_a_policy_over_lists_is_not_judged_where_decisions_have_none(shelf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_in", [2, 20])
+def test_a_policy_over_lists_does_what_was_logged_where_there_are_none_and_is_not_judged_where_that_is_often(
+    shelf: Path, tmp_path: Path, one_in: int
+) -> None:
     table = pq.read_table(shelf / "features" / "training")
-    lists = [None if i % 2 else each for i, each in enumerate(table["possible_actions"].to_pylist())]
+    lists = [each if i % one_in else None for i, each in enumerate(table["possible_actions"].to_pylist())]
     without = pa.array(lists, table.schema.field("possible_actions").type)
     with stage("features", tmp_path / "features") as (directory, facts):
         (directory / "training").mkdir()
@@ -336,8 +340,18 @@ def test_a_policy_over_lists_is_not_judged_where_decisions_have_none(shelf: Path
     spec = JobSpec.model_validate(LISTS)
     evaluate(spec, tmp_path / "features", shelf / "training", tmp_path / "evaluation", last_only=True)
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    assert {tuple(found) for found in report["final"].values()} == {("refused",)}
-    assert "no possible_actions to choose among" in report["gate"]["reason"]
+    if one_in == 2:
+        assert {tuple(found) for found in report["final"].values()} == {("refused",)}
+        assert re.search(r"\d\d% .* above 10%, have no possible_actions to choose among", report["gate"]["reason"])
+        return
+    whole = json.loads((shelf / "evaluation" / "report.json").read_text())
+    share = report["diagnostics"]["as_logged_decisions"] / report["diagnostics"]["held_out_decisions"]
+    assert share == pytest.approx(1 / one_in, abs=0.02)
+    logged = whole["logged"]["per_step"]["earned"]
+    for estimator in ("stepwise_importance_sampling", "stepwise_direct_method", "stepwise_doubly_robust"):
+        before, now = (document["final"][estimator]["earned"]["value"] for document in (whole, report))
+        assert now == pytest.approx((1 - share) * before + share * logged, rel=0.03), estimator
+        assert now < before
 
 
 def test_items_that_are_described_alike_share_their_probability() -> None:
