@@ -225,7 +225,9 @@ class Data(Model):
         description="Write the next state with every row, in columns `next_state_<feature>`: twice the bytes, for "
         "tools that read single rows. Training finds it in the next row.",
     )
-    max_quarantine_fraction: float = Field(0.01, ge=0, le=1, description="Fail when more rows than this are rejected.")
+    max_quarantine_fraction: float = Field(
+        0.01, ge=0, le=1, description="Fail when more rows than this, or outcomes, are rejected."
+    )
     holdout_fraction: Fraction = Field(0.3, description="Share of MDPs kept out of training, for evaluation.")
     features: Features = Features()
 

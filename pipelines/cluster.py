@@ -15,7 +15,7 @@ from kubernetes.utils.quantity import parse_quantity
 
 from components.image import SPARK_IMAGE, TRAINING_IMAGE
 from contracts.job import JobError, JobSpec, Resources, RLTrainingJob
-from contracts.stage import code_version
+from contracts.stage import EARLIER_VARIABLE, code_version
 from pipelines.pipeline import build_pipeline, parameters
 
 SERVICE_ACCOUNT = "bluewhale-pipeline"
@@ -132,6 +132,8 @@ class Cluster:
             # The user has no home directory of its own.
             "HOME": "/tmp",
             "PYTHONUNBUFFERED": "1",
+            # Runs of one object follow each other. Of any two others, one may be at work while the other looks for it.
+            **({EARLIER_VARIABLE: ""} if stage == "training" and not self.uid else {}),
             **_engine(spec, stage),
         }
         if self.namespace:

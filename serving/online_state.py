@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sqlite3
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +24,8 @@ class OnlineState:
         from feast import FeatureStore
 
         self._store = FeatureStore(repo_path=repository)
+        if self._store.config.online_store.type == "sqlite":
+            _read_stamps_in_utc()
         self._features: list[str] = []
         self._names: dict[str, str] = {}
         self._ttl: dict[str, float] = {}
@@ -60,3 +64,14 @@ class OnlineState:
             and math.isfinite(values[name][0])
             and 0 <= int(now) - values[f"{name}__ts"][0] <= self._ttl[name]
         }
+
+
+def _read_stamps_in_utc() -> None:
+    """Feast writes stamps to sqlite in UTC, and takes them for local time when it reads them."""
+    # What it registers is replaced here.
+    importlib.import_module("feast.infra.online_stores.sqlite")
+
+    def stamp(seconds: bytes) -> datetime:
+        return datetime.fromtimestamp(int(seconds), UTC).replace(tzinfo=None)
+
+    sqlite3.register_converter("timestamp", stamp)

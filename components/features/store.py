@@ -25,7 +25,8 @@ SERVICE = "policy_state"
 ONLINE_ROWS = 10_000
 """That are written to the online store at a time."""
 
-_RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number"}
+_PLACE = "_place_in_mdp"
+_RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number", _PLACE}
 _KEY_TYPES: dict[str, T.DataType] = {"STRING": T.StringType(), "INT64": T.LongType(), "INT32": T.IntegerType()}
 _NUMBERS = ("Int32", "Int64", "Float32", "Float64", "Bool")
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -156,8 +157,8 @@ def publish(settings: Features, repository: Path, source: Path, features: list[s
             file_format="parquet",
             timestamp_field="event_time",
             # Of decisions at one instant, the last is the newest.
-            created_timestamp_column="ordinal",
-            field_mapping={STATE_PREFIX + name: field for name, field in fields.items()},
+            created_timestamp_column=_PLACE,
+            field_mapping={STATE_PREFIX + name: field for name, field in fields.items()} | {"ordinal": _PLACE},
         ),
     )
     store = _open(repository)

@@ -142,7 +142,7 @@ def examine(
     if low == high:
         evidence |= {"minimum": low, "maximum": high, "distinct": 1.0, "mean": low, "stddev": 0.0}
         how = f"always {low:g} where it is there: what tells is whether it is"
-        return FeatureNormalization(name=name, type="enum", values=[low], how=how, evidence=evidence)
+        return FeatureNormalization(name=name, type="binary", how=how, evidence=evidence)
     if sample.size == 0 or np.ptp(sample) == 0:
         # Its other values are rarer than the sample shows: the ends of all rows are two of them.
         sample = np.append(sample, [low, high])
@@ -155,9 +155,10 @@ def carries_nothing(
     evidence: dict[str, float], low: float, high: float, limits: Normalization, override: str | None
 ) -> str:
     """Why a feature is of no use, or nothing; `low` and `high` are of all rows."""
-    if low == high and not evidence["missing"]:
-        return f"constant at {low:g}"
     missing = evidence["missing"] / (evidence["missing"] + evidence["count"])
+    # Whether one that is not 0 is there may tell something, unless it nearly always is.
+    if low == high and (low == 0 or 1 - missing > limits.max_missing_fraction):
+        return f"constant at {low:g}"
     if missing > limits.max_missing_fraction and not override:
         return f"missing in {missing:.4%} of the rows"
     return ""

@@ -37,7 +37,8 @@ class FeatureNormalization(BaseModel):
     """One sentence: why this type."""
     evidence: dict[str, float]
     """count, missing, minimum and maximum of all rows; of the sample its size, distinct values (of all rows,
-    where they are few integers), mean, stddev, skewness and k2, and Box-Cox's lambda and k2."""
+    where they are few integers), mean, stddev, skewness and k2, and Box-Cox's lambda and k2; of a constant no more than
+    can be told of it."""
 
 
 class NormalizationSpec(BaseModel):

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
-from components.columns import check_split, write_columns
+from components.columns import check_split, open_columns, write_columns
 from components.evaluation.evaluate import FEWEST_MDPS, evaluate
 from components.sweep.page import best_of, write_page
 from components.training.bundle import DESCRIPTION
+from components.training.fits import check_explores
 from components.training.launch import train
 from components.transitions import held_out
 from contracts import progress
@@ -79,6 +80,7 @@ def search(
             training_mdps(spec, features, work / "features")
         write_columns(work / "features", _of_trials(spec), work / "columns")
         (work / "identity").write_text(mine)
+    check_explores(open_columns(work / "columns")[0])
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     parameters = spec.sweep.parameters
     own = {path: value for path in parameters if (value := _of(spec, path)) is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from components.timeline.quarantine import REASON, not_finite, of_reading
+from components.timeline.quarantine import REASON, of_reading
 from components.timeline.read import AS_IT_WAS, UNREADABLE, counted_in_millionths, read_outcomes
 from contracts.job import Data
 from contracts.stage import StageError
@@ -22,17 +22,16 @@ def join_outcomes(
     or do not say when, are not used: once that time has passed for all, a run over the same days gives the same result
     whenever it is made. Also returns how many reports there were, how many of them could not be read, match no
     decision, or came late, and for how many decisions the wait is `open` still: it goes on beyond the last report.
-    Those that cannot be read, or hold a metric that is not finite, are written to `quarantine`, each with its reason.
+    Those that cannot be read are written to `quarantine`, each with its reason; a metric that is not finite rejects the
+    decision that it is of.
     Whether ends are reported at all is told by all reports that had come when the last wait was over.
     Raises `StageError` where the last steps are to be told by a column and nobody tells of any.
     """
     data = data or Data()
     wait_seconds = data.outcome_wait_seconds
-    outcomes = read_outcomes(spark, path, data, counted_in_millionths(log))
-    reason = F.coalesce(of_reading(), F.when(not_finite("metrics"), F.lit("non_finite_metric")))
-    outcomes = outcomes.withColumn(REASON, reason).drop(UNREADABLE)
-    outcomes = outcomes.withColumn(AS_IT_WAS, F.when(F.col(REASON).isNotNull(), F.col(AS_IT_WAS))).cache()
-    readable = outcomes.where(F.col(REASON).isNull()).drop(REASON, AS_IT_WAS)
+    whole = read_outcomes(spark, path, data, counted_in_millionths(log))
+    outcomes = whole.drop(AS_IT_WAS).cache()
+    readable = outcomes.where(F.col(UNREADABLE).isNull()).drop(UNREADABLE)
     decided = log.groupBy("mdp_id", "sequence_number").agg(F.min("event_time").alias("decided"))
     matched = readable.join(decided, ["mdp_id", "sequence_number"])
     late, wait = F.lit(False), F.expr(f"interval {wait_seconds or 0} seconds")
@@ -42,7 +41,8 @@ def join_outcomes(
     matched = matched.withColumn("late", late)
     reports, fine = outcomes.count(), readable.count()
     if quarantine and fine < reports:
-        outcomes.where(F.col(REASON).isNotNull()).write.parquet(str(quarantine))
+        rejected = whole.where(F.col(UNREADABLE).isNotNull()).withColumn(REASON, of_reading())
+        rejected.drop(UNREADABLE).write.parquet(str(quarantine))
     if wait_seconds is not None and fine and readable.where(F.col("event_time").isNotNull()).isEmpty():
         raise StageError(
             f"data.outcomeWaitSeconds: no outcome of {path} says when it came, in its column "

@@ -409,8 +409,10 @@ def _conform(
         for field in wanted
     }
     if "possible_actions" in known:
-        # An action was taken: an empty list, as ReAgent writes it at the end of an MDP, is none.
-        columns["possible_actions"] = F.when(F.size(columns["possible_actions"]) > 0, columns["possible_actions"])
+        # An action was taken: an empty list, as ReAgent writes it at the end of an MDP, is none. In an array of one, as
+        # what is computed for it is then computed once.
+        listed = F.filter(F.array(columns["possible_actions"]), lambda actions: F.size(actions) > 0)
+        columns["possible_actions"] = F.get(listed, F.lit(0))
     if data.state_columns:
         parts = [
             F.struct(F.lit(name).alias("k"), read("state_features", T.DoubleType(), name).alias("v"))

@@ -90,7 +90,7 @@ def read_bundle(directory: str | Path) -> Bundle:
         raise StageError(f"{directory}: no policy bundle here ({DESCRIPTION} is missing)")
     try:
         return _read(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(f"{directory}: not a whole policy bundle; train again: {error}") from None
 
 

@@ -19,15 +19,7 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     Returns what people should be warned of.
     """
     warnings: list[str] = []
-    if only := _only_action(data):
-        raise StageError(
-            f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
-        )
-    if no_choice(data):
-        raise StageError(
-            "possible_actions: each decision of the log lists the action that it took and no other, so that there is "
-            "nothing to choose; log all that was possible"
-        )
+    check_explores(data)
     algorithm = spec.algorithm.config
     if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
         raise StageError(
@@ -49,7 +41,8 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
             f"slate.choice: the metric {spec.slate.choice} tells of no decision that an item was chosen, as 1 for the "
             "first of the slate would; name the metric that does"
         )
-    if isinstance(algorithm, LinUCB | LogisticBandit) and spec.export.policy == "softmax":
+    flat = spec.export.policy == "softmax" and spec.export.temperature >= rewards.std()
+    if isinstance(algorithm, LinUCB | LogisticBandit) and flat:
         scores = "upper bounds of rewards" if isinstance(algorithm, LinUCB) else "probabilities of a reward"
         warnings.append(
             f"export.policy softmax: scores of {spec.algorithm.name} are {scores}, so that at temperature "
@@ -64,6 +57,11 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     by_lists = (
         not isinstance(algorithm, QLearning) or isinstance(algorithm, CQL | BCQ) or algorithm.next_action == "best"
     )
+    if by_lists and no_choice(data):
+        raise StageError(
+            "possible_actions: no decision of the log lists more than the action that it took, so that there is "
+            "nothing to choose; log all that was possible, or leave the column out if any action was"
+        )
     if isinstance(lists, Lists) and by_lists and not lists.logged.all():
         if not lists.logged.any():
             sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL | BCQ)
@@ -80,13 +78,19 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
 
 
 def no_choice(data: Transitions) -> bool:
-    """Whether nowhere in a log more than one action was possible."""
-    if isinstance(data.possible, Lists):
-        listed = np.diff(data.possible.offsets)[data.possible.logged]
-        return bool(len(listed)) and bool((listed <= 1).all())
+    """Whether nowhere in a log, where it tells what was possible, more than one action was."""
+    lists = data.possible
+    if lists is None or (isinstance(lists, Lists) and not lists.logged.any()):
+        return False
+
+    def none(rows: slice) -> bool:
+        if isinstance(lists, np.ndarray):
+            return bool((lists[rows].sum(1) <= 1).all())
+        lengths = lists.offsets[1:][rows] - lists.offsets[:-1][rows]
+        return bool((lengths[lists.logged[rows]] <= 1).all())
+
     # All are looked at only where the first ones have none.
-    first = slice(LOOKED_AT), slice(None)
-    return data.possible is not None and all((data.possible[rows].sum(1) <= 1).all() for rows in first)
+    return none(slice(LOOKED_AT)) and none(slice(None))
 
 
 def _within_atoms(algorithm: C51, returns: np.ndarray) -> None:
@@ -98,6 +102,14 @@ def _within_atoms(algorithm: C51, returns: np.ndarray) -> None:
             f"algorithm.c51: the log's discounted returns lie between {returns.min():.4g} and {returns.max():.4g}, "
             f"{outside.mean():.0%} of them outside of lowestReturn {algorithm.lowest_return:g} and highestReturn "
             f"{algorithm.highest_return:g}: set those around them, or choose qrDqn"
+        )
+
+
+def check_explores(data: Transitions) -> None:
+    """Raise `StageError` for a log that always does the same."""
+    if only := _only_action(data):
+        raise StageError(
+            f"actions: the log takes only {only}: nothing tells what another would have brought; log some exploration"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -137,7 +136,8 @@ def take_over(*outputs: str | Path) -> None:
     """Move here what attempts that were broken off have left beside each other, for `train` to go on with.
 
     BLUEWHALE_EARLIER_TRAINING names their directories, the last one's first. Where it is not set, as in a cluster,
-    they are looked for among the job's other runs.
+    they are looked for among the job's other runs: of one that has finished, which others may read, a copy is taken, in
+    case that it could not be handed over.
     """
     places = [part for output in map(Path, outputs) for part in (output, _aside(output))]
     told = os.environ.get(EARLIER_VARIABLE)
@@ -145,12 +145,16 @@ def take_over(*outputs: str | Path) -> None:
     for directory in earlier:
         for place in places:
             if (left := directory / place.name).exists() and not place.exists():
+                if told is None and (left / RECORD).exists():
+                    draft = place.with_name(f".{place.name}.draft")
+                    shutil.rmtree(draft, ignore_errors=True)
+                    left = shutil.copytree(left, draft)
                 left.rename(place)
                 (place / RECORD).unlink(missing_ok=True)
 
 
 def _broken_off(output: Path) -> list[Path]:
-    """Where other runs have trained since one of them has finished, the last first.
+    """Where other runs have trained since one of them has finished, and where that did, the last first.
 
     KFP has a directory for each run, in it one for each task, and below that as many again for every one.
     """
@@ -160,12 +164,9 @@ def _broken_off(output: Path) -> list[Path]:
     below = output.parent.relative_to(task).parts
     found = task.parents[1].glob("/".join(["*", task.name, *["*" for _ in below]]))
     others = [place for place in found if place.is_dir() and place != output.parent]
-    others.sort(key=_last_written, reverse=True)
-    return list(itertools.takewhile(lambda each: not (each / output.name / RECORD).exists(), others))
-
-
-def _last_written(place: Path) -> float:
-    return max((path.stat().st_mtime for path in place.iterdir()), default=0.0)
+    others.sort(key=lambda place: max((path.stat().st_mtime for path in place.iterdir()), default=0.0), reverse=True)
+    finished = [i for i, place in enumerate(others) if (place / output.name / RECORD).exists()]
+    return others[: finished[0] + 1] if finished else others
 
 
 def _aside(output: Path) -> Path:

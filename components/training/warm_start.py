@@ -72,7 +72,8 @@ def _places(
     if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
         raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}")
     if bundle.actions.slate != actions.slate:
-        raise StageError(f"{directory}: its slates are of {bundle.actions.slate} items, this job's of {actions.slate}")
+        theirs, ours = (f"slates of {n}" if n else "single items" for n in (bundle.actions.slate, actions.slate))
+        raise StageError(f"{directory}: its actions are {theirs}, this job's are {ours}")
     if bundle.actions.bounds != actions.bounds:
         raise StageError(
             f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "

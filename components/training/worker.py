@@ -126,7 +126,7 @@ def check_converges(score: float, spread: float, losses: list[float], most: floa
     raise StageError(
         f"training diverges: at step {step:,} the values of the logged actions are {score:.3g} on average, with a "
         f"deviation of {spread:.3g}, and the loss is {loss:.3g}{known}. Values feed on themselves where the log has "
-        f"few of the actions that they make look best: lower learningRate or targetUpdateRate, {advice}"
+        f"few of the actions that they make look best: {advice}"
     )
 
 
@@ -267,7 +267,8 @@ def run_worker(
     # Fixed atoms bound the values themselves; soft values hold entropy, too.
     bounded = isinstance(algorithm.config, BehaviourCloning | C51 | SAC)
     discounts = data.discount(spec.reward)
-    # CQL holds a value down or up by alpha at most (Kumar et al. 2020, equation 3, without function approximation).
+    # CQL lifts the values of logged actions, by up to alpha at each decision (Kumar et al. 2020, equation 3, solved for
+    # a table).
     moved = algorithm.config.alpha if isinstance(algorithm.config, CQL) else 0.0
     most = math.inf if bounded else _most(data, discounts, rewards, moved)
     network = build_network(algorithm, normalization, actions).to(device)
@@ -407,15 +408,18 @@ def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
 
 
 def _remedy(algorithm: Algorithm) -> str:
-    """What else helps where values feed on themselves."""
-    config = algorithm.config
-    if isinstance(config, QLearning):
-        return {"cql": "or raise alpha", "bcq": "or choose cql"}.get(
-            algorithm.name, "keep double, or choose cql or bcq"
-        )
-    if isinstance(config, ActorCritic):
-        return {"iql": "or choose td3Bc", "td3Bc": "or lower alpha"}.get(algorithm.name, "or choose iql or td3Bc")
-    return "or set nextSlate: logged" if isinstance(config, SlateQ) else "or set rewardClip"
+    """What helps where values feed on themselves."""
+    if not isinstance(algorithm.config, LOOKING_AHEAD):
+        return "lower learningRate"
+    others = {
+        "cql": "raise alpha",
+        "bcq": "choose cql",
+        "iql": "choose td3Bc",
+        "td3Bc": "lower alpha",
+        "slateQ": "set nextSlate: logged",
+    }
+    learner = "choose iql or td3Bc" if isinstance(algorithm.config, ActorCritic) else "choose cql or bcq"
+    return f"lower learningRate or targetUpdateRate, or {others.get(algorithm.name, learner)}"
 
 
 def _most(data: Transitions, discounts: np.ndarray, rewards: np.ndarray, moved: float = 0.0) -> float:

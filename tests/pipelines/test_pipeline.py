@@ -19,6 +19,7 @@ from kfp import components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from contracts.job import JobError, JobSpec, RLTrainingJob, load_job
+from contracts.stage import EARLIER_VARIABLE
 from pipelines.cluster import Cluster, compile_pipeline, run_spec
 from pipelines.pipeline import SECTIONS, STAGES, build_pipeline, parameters
 
@@ -220,6 +221,11 @@ def test_one_worker_trains_in_the_stage_s_own_pod_with_what_the_job_asks_for() -
     assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
     assert pod["pvcMount"][-1]["mountPath"] == "/scratch"
     assert "BLUEWHALE_TRAINING_SCHEDULER" not in environment(body, "training")
+
+
+def test_runs_of_no_object_which_may_be_at_work_together_do_not_take_over_from_each_other() -> None:
+    for uid, told in (("u", None), ("", "")):
+        assert environment(run_spec(load_job(EXAMPLE), uid, "lab", None), "training").get(EARLIER_VARIABLE) == told
 
 
 def test_the_workers_wait_in_the_queue_of_the_job() -> None:

@@ -102,6 +102,19 @@ class TestTheStateAtServing:
         assert online(tmp_path / "out", "m", at=3601) == {}
 
 
+def test_an_instant_without_a_time_zone_is_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("m", 0, state_x=1.0)]
+    join_features(spec({"type": "sqlite"}), timeline(tmp_path / "timeline", rows), tmp_path / "out")
+    state = OnlineState(str(tmp_path / "out" / REPOSITORY), SERVICE)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert state.read(NOON.replace(tzinfo=None), mdp_id="m") == {"x": 1.0}
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_join_key_that_is_not_given_is_named(tmp_path: Path) -> None:
     join_features(
         spec({"type": "sqlite"}), timeline(tmp_path / "timeline", [row("m", 0, state_x=1.0)]), tmp_path / "out"

@@ -30,6 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "holed": np.where(rng().random(500) < 0.2, np.nan, rng().normal(0, 1, 500)),
         "constant": np.full(500, 4.0),
         "half_constant": np.where(rng().random(500) < 0.5, np.nan, 4.0),
+        "mostly_constant": np.where(np.arange(500) < 2, np.nan, 4.0),
         "never": np.full(500, np.nan),
         "rare": np.where(np.arange(500) < 2, np.arange(500.0), np.nan),
     }
@@ -58,13 +59,14 @@ class TestTheStage:
     def test_features_that_carry_nothing_are_dropped_with_the_reason(self, identified: NormalizationSpec) -> None:
         assert identified.dropped == {
             "constant": "constant at 4",
+            "mostly_constant": "constant at 4",
             "never": "never present",
             "rare": "missing in 99.6000% of the rows",
         }
 
     def test_the_others_are_identified_or_set_by_hand(self, identified: NormalizationSpec) -> None:
         types = {f.name: f.type for f in identified.features}
-        assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous", "half_constant": "enum"}
+        assert types == {"speed": "continuous", "flag": "enum", "holed": "continuous", "half_constant": "binary"}
 
     def test_of_one_with_a_single_value_the_network_is_told_whether_it_is_there(
         self, identified: NormalizationSpec
@@ -72,10 +74,11 @@ class TestTheStage:
         half = next(f for f in identified.features if f.name == "half_constant")
         assert half.how == "always 4 where it is there: what tells is whether it is"
         rows = normalized(half.model_copy(update={"name": "x"}), np.array([4.0, np.nan]))
-        assert rows.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+        assert rows.tolist() == [[1.0], [0.0]]
 
     def test_dropped_features_stay_inputs(self, identified: NormalizationSpec) -> None:
-        assert identified.inputs == ["speed", "flag", "holed", "constant", "half_constant", "never", "rare"]
+        kept, dropped = ["speed", "flag", "holed", "half_constant"], ["constant", "mostly_constant", "never", "rare"]
+        assert sorted(identified.inputs) == sorted(kept + dropped)
 
     def test_present_and_missing_values_are_counted(self, identified: NormalizationSpec) -> None:
         holed = next(f for f in identified.features if f.name == "holed")

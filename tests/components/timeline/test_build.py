@@ -330,7 +330,7 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
         for clicks, second in ((7.0, 2), (6.0, 1)):
             late = {"mdp_id": "a", "sequence_number": 2, "metrics": {"clicks": clicks}}
             stream.write(json.dumps(late | {"event_time": (NOON + timedelta(seconds=second)).isoformat()}) + "\n")
-        stream.write('{"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": NaN}}\n')
+        stream.write('{"mdp_id": "a", "sequence_number": 0, "metrics": {"reward": "much"}}\n')
     aside = tmp_path / "aside"
     frame, counts = join_outcomes(spark, log, str(tmp_path / "outcomes.jsonl"), quarantine=aside)
     assert counts == {"reports": 7, "unparsable": 2, "unmatched": 1, "late": 0, "open": 0}
@@ -343,7 +343,7 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     assert [row["ended"] for row in joined] == [False, True, False]
     assert [row["truncated"] for row in joined] == [False, True, False]
     rejected = {row["quarantine_reason"]: row["_as_it_was"] for row in spark.read.parquet(str(aside)).collect()}
-    assert rejected.keys() == {"unparsable", "non_finite_metric"}
+    assert rejected.keys() == {"unparsable", "unreadable_metrics"}
     assert rejected["unparsable"] == '{"mdp_id": "a", "sequ'
 
 

@@ -81,6 +81,7 @@ def test_too_many_outcomes_that_cannot_be_read_fail_with_a_table_and_none_that_m
     build_timeline(spec(), log, elsewhere, tmp_path / "warned")
     warnings = json.loads((tmp_path / "warned" / RECORD).read_text())["warnings"]
     assert any("none of 1 outcomes is of a decision in the log" in warning for warning in warnings)
+    assert "<td>of no decision in the log</td><td>1</td>" in (tmp_path / "warned" / "report.html").read_text()
 
 
 def test_too_many_rejected_rows_fail_with_a_table_of_reasons_and_examples(tmp_path):

@@ -319,7 +319,16 @@ def test_in_a_cluster_the_jobs_other_runs_are_where_what_was_broken_off_is(
     launch.take_over(now / "policy", now / "policy.sweep")
     assert (now / "policy" / "whose").read_text() == "task-7"
     assert not (now / "policy.sweep").exists(), "a training has finished since"
+
+    # One that finished and was not handed over: it stays for those that may read it.
+    for place in (now, third):
+        shutil.rmtree(place)
+    now.mkdir()
+    launch.take_over(now / "policy")
+    assert [path.name for path in now.iterdir()] == ["policy"]
+    assert (now / "policy" / "whose").read_text() == (finished / "policy" / "whose").read_text() == "task-8"
     assert (finished / "policy" / RECORD).exists()
+    assert not (now / "policy" / RECORD).exists()
 
 
 def test_a_kill_while_what_was_left_is_taken_up_loses_nothing(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_slates_of_another_size_are_refused(tmp_path: Path) -> None:
     network = build_network(made, BEFORE, of[2])
     write_bundle(tmp_path / "bundle", network, made, BEFORE, of[2], PolicyHead(), {})
     trainer = Trainer(build_learner(made, network), 0.01)
-    with pytest.raises(StageError, match="its slates are of 2 items, this job's of 5"):
+    with pytest.raises(StageError, match="its actions are slates of 2, this job's are slates of 5"):
         start_from(str(tmp_path / "bundle"), network, trainer.optimizer, BEFORE, of[5], made, {})
 
 

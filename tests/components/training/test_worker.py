@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from components.columns import write_columns
 from components.training import worker
 from components.training.batches import Shuffled
 from components.training.trainer import missing_to_compile
-from components.training.worker import CHECKPOINTS, _remedy, check_converges, rewards_to_learn_from
+from components.training.worker import CHECKPOINTS, _most, _remedy, check_converges, rewards_to_learn_from, valued_by
 from components.transitions import Transitions
 from contracts.job import Algorithm, JobSpec
 from contracts.stage import StageError
@@ -331,10 +332,34 @@ def test_training_that_diverges_ends_at_once_and_is_not_tried_again(
     assert "in run_worker" not in said, "it refuses before it begins"
 
 
-@pytest.mark.parametrize("name", ["dqn", "c51", "qrDqn", "cql", "bcq"])
+@pytest.mark.parametrize("name", ["dqn", "cql", "bcq", "sac", "iql", "td3Bc", "slateQ", "behaviourCloning"])
 def test_the_remedy_is_not_what_the_job_does_already(name: str) -> None:
-    atoms = {"lowestReturn": 0.0, "highestReturn": 1.0} if name == "c51" else {}
-    assert f"choose {name}" not in _remedy(Algorithm.model_validate({name: atoms}))
+    words = re.findall(r"\w+", _remedy(Algorithm.model_validate({name: {}})))
+    assert name not in words
+    assert ("targetUpdateRate" in words) == (name != "behaviourCloning")
+
+
+def test_cql_may_lift_values_beyond_what_rewards_sum_to() -> None:
+    n = 4
+    data = Transitions(
+        ["x"], ["left", "right"], ["reward"], state=np.zeros((n, 1), np.float32), action=np.zeros(n, int),
+        propensity=np.ones(n), possible=np.ones((n, 2), bool), metrics=np.zeros((n, 1), np.float32),
+        time_diff=np.ones(n), terminal=np.arange(n) == n - 1, truncated=np.zeros(n, bool), ordinal=np.arange(n) + 1,
+        mdp=np.zeros(n, int), mdp_ids=["m"],
+    )  # fmt: skip
+    discounts, rewards = np.full(n, 0.9, np.float32), np.full(n, 0.01, np.float32)
+    assert _most(data, discounts, rewards) == pytest.approx(0.1, rel=1e-4)
+    assert _most(data, discounts, rewards, moved=1.0) == pytest.approx(10.1, rel=1e-4)
+
+
+def test_values_of_slates_are_of_the_choice_that_the_job_names() -> None:
+    job = {"actionSpace": "slate", "algorithm": {"slateQ": {}}}
+    clicked, bought = (
+        valued_by(JobSpec.model_validate(job | {"slate": {"size": 2, "choice": choice}}))
+        for choice in ("clicked", "bought")
+    )
+    assert {name for name in clicked if clicked[name] != bought[name]} == {"slate_choice"}
+    assert "slate_choice" not in valued_by(SPEC), "of others there is none"
 
 
 def test_the_first_scores_of_a_network_are_no_divergence_where_rewards_are_tiny() -> None:
