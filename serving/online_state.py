@@ -67,7 +67,10 @@ class OnlineState:
 
 
 def _read_stamps_in_utc() -> None:
-    """Feast writes stamps to sqlite in UTC, and takes them for local time when it reads them."""
+    """Feast takes stamps in sqlite for local time, and a job, which runs in UTC, has written them.
+
+    What is materialized by hand must be so as well.
+    """
     # What it registers is replaced here.
     importlib.import_module("feast.infra.online_stores.sqlite")
 

@@ -21,8 +21,6 @@ from contracts.stage import StageError, read_record, stage
 
 SAMPLED_MDPS = 1_000
 """Of each side that are read, where there are so many, whatever rows they have."""
-AS_LOGGED = 0.1
-"""Most decisions, of all, at which a policy over lists that finds none is taken to do what was logged."""
 FEWEST_MDPS = 10
 """Whose resamples make an interval."""
 
@@ -72,7 +70,7 @@ def evaluate(
                 "held_out_decisions": len(held_out),
                 "excluded_mdps": excluded,
                 "unread_mdps": unread,
-                "as_logged_decisions": evaluator.as_logged,
+                "as_logged_decisions": int((~evaluator.listed).sum()),
             },
         }
         (directory / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False))
@@ -130,6 +128,9 @@ class _Evaluator:
         _, self.mdp = np.unique(held_out.mdp, return_inverse=True)
         self.n = int(self.mdp.max()) + 1
         self.replicates = cpe.bootstrap(self.mdp, spec.evaluation.bootstrap_samples, spec.seed)
+        lists = held_out.possible
+        self.listed = np.asarray(lists.logged) if isinstance(lists, Lists) else np.ones(len(held_out), bool)
+        """bool [N]: where it is known what could be chosen; elsewhere the policy is taken to do what was logged."""
         self.discrete = bundle.actions.space == "discrete"
         self.fit_steps = spec.evaluation.fitted_q_steps
         self.choices = fit_choices(bundle, train, self.fit_steps, spec.seed) if spec.slate else None
@@ -144,7 +145,7 @@ class _Evaluator:
             self.mix = np.concatenate([self.mix, weights[:, None]], axis=1)
         self.metrics = held_out.metrics.astype(np.float64) @ self.mix
         drawn = self.mdp, self.replicates
-        steps = [cpe.logged_per_step(metric, *drawn) for metric in self.metrics.T]
+        steps = [cpe.logged_per_step(metric[self.listed], *self._one_by_one) for metric in self.metrics.T]
         totals = [cpe.logged_per_mdp(metric, self.factor, *drawn) for metric in self.metrics.T]
         self.logged_samples = {"stepwise": steps, "sequential": totals}
         self.logged = {
@@ -195,8 +196,9 @@ class _Evaluator:
         estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}
         for m, name in enumerate(self.names):
             metric, modelled = self.metrics[:, m], expected[:, :, m]
+            here, one_by_one = self.listed, self._one_by_one
             samples = {
-                "stepwise_direct_method": cpe.stepwise_direct_method(modelled, target, self.mdp, self.replicates),
+                "stepwise_direct_method": cpe.stepwise_direct_method(modelled[here], target[here], *one_by_one),
             }
             if not self.broken_off:
                 samples["sequential_direct_method"] = cpe.sequential_direct_method(
@@ -205,10 +207,10 @@ class _Evaluator:
             if weight is not None:
                 samples |= {
                     "stepwise_importance_sampling": cpe.stepwise_importance_sampling(
-                        metric, weight, self.mdp, self.replicates
+                        metric[here], weight[here], *one_by_one
                     ),
                     "stepwise_doubly_robust": cpe.stepwise_doubly_robust(
-                        metric, weight, modelled, target, action, self.mdp, self.replicates
+                        metric[here], weight[here], modelled[here], target[here], action[here], *one_by_one
                     ),
                     "weighted_sequential_doubly_robust": cpe.weighted_sequential_doubly_robust(
                         metric, weight, q[:, :, m], target, action, self.factor, self.mdp, self.replicates
@@ -231,24 +233,29 @@ class _Evaluator:
             final = np.bincount(self.mdp, np.log(weight), minlength=self.n)
         whole = np.exp(final - final.max()) if np.isfinite(final.max()) else np.zeros(self.n)
         return {
-            "effective_sample_size_decisions": round(cpe.effective_sample_size(weight), 1),
+            "effective_sample_size_decisions": round(cpe.effective_sample_size(weight[self.listed]), 1),
             "effective_sample_size_mdps": round(cpe.effective_sample_size(whole), 1),
-            "largest_weight": round(float(weight.max()), 2),
+            "largest_weight": round(float(weight[self.listed].max()), 2),
         }
 
     @property
     def unlisted(self) -> str:
         """Why nothing can be said of a policy over described actions, where that is so."""
-        share = self.as_logged / len(self.held_out)
-        if share <= AS_LOGGED:
+        # An end may be without: its weight is that of all that came before. Elsewhere, MDPs without lists would stand
+        # for the policy where it leaves all others.
+        step = cpe.step_in_mdp(self.mdp)
+        last = np.append(step[1:] == 0, True)
+        if not (without := ~self.listed & ~(last & (step > 0))).any():
             return ""
-        return f"{share:.0%} of the held-out decisions, above {AS_LOGGED:.0%}, have no possible_actions to choose among"
+        return (
+            f"{without.sum():,} held-out decisions have no possible_actions to choose among, and are not the last of "
+            "several"
+        )
 
     @property
-    def as_logged(self) -> int:
-        """Of how many held-out decisions nobody knows what could have been chosen."""
-        lists = self.held_out.possible
-        return int((~lists.logged).sum()) if isinstance(lists, Lists) else 0
+    def _one_by_one(self) -> tuple[np.ndarray, cpe.Replicates]:
+        """Whose the decisions are that are estimated each for itself, and the replicates: those that could choose."""
+        return self.mdp[self.listed], self.replicates
 
     @property
     def broken_off(self) -> str:
@@ -266,19 +273,15 @@ class _Evaluator:
 
     def _weight(self, bundle: Bundle) -> np.ndarray | None:
         logged = self.held_out.propensity
-        if np.isnan(logged).any() or self.spec.action_space == "continuous":
+        if np.isnan(logged[self.listed]).any() or self.spec.action_space == "continuous":
             return None
         if self.discrete:
             taken = propensities(bundle, self.held_out)[np.arange(len(logged)), self.held_out.action]
         elif self.spec.slate:
             taken = slate_probability(bundle, self.held_out)
         else:
-            lists = self.held_out.possible
-            assert isinstance(lists, Lists)
             taken = taken_probability(plan(bundle, self.held_out), self.held_out)
-            # Without a list there is what was logged, by either policy.
-            taken = np.where(lists.logged, taken, logged)
-        return np.asarray(taken / logged)
+        return np.where(self.listed, taken / logged, 1.0)
 
     def _interval(self, values: np.ndarray, logged: np.ndarray) -> dict[str, float | None]:
         """Percentile interval of the replicates around the estimate from the log itself."""

@@ -26,7 +26,7 @@ ONLINE_ROWS = 10_000
 """That are written to the online store at a time."""
 
 _PLACE = "_place_in_mdp"
-_RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number", _PLACE}
+_RESERVED = {"mdp_id", "event_time", "event_timestamp", "sequence_number", "ordinal", _PLACE}
 _KEY_TYPES: dict[str, T.DataType] = {"STRING": T.StringType(), "INT64": T.LongType(), "INT32": T.IntegerType()}
 _NUMBERS = ("Int32", "Int64", "Float32", "Float64", "Bool")
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)

@@ -22,6 +22,8 @@ from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
 MOST_CLAMPED = 0.01
 MOST_ENUM_VALUES = 1000
+SELDOM = 0.001
+"""Share of the rows of which a constant may be missing and is none the less constant."""
 SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
 HASHES = 10**15
@@ -71,7 +73,8 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
             if not kept and (prefix == STATE_PREFIX or (group and spec.action_space in ("parametric", "slate"))):
                 what = "the state" if prefix == STATE_PREFIX else "the actions"
                 raise StageError(f"normalization: no feature of {what} carries information: {dropped}")
-            presence = [f.name for f in kept if f.evidence["missing"]] if spec.normalization.presence else []
+            holed = [f.name for f in kept if f.evidence["missing"] and f.evidence["distinct"] > 1]
+            presence = holed if spec.normalization.presence else []
             if group:
                 result = NormalizationSpec(inputs=group, features=kept, presence=presence, dropped=dropped)
                 result.write(directory / SPECS[prefix])
@@ -157,7 +160,7 @@ def carries_nothing(
     """Why a feature is of no use, or nothing; `low` and `high` are of all rows."""
     missing = evidence["missing"] / (evidence["missing"] + evidence["count"])
     # Whether one that is not 0 is there may tell something, unless it nearly always is.
-    if low == high and (low == 0 or 1 - missing > limits.max_missing_fraction):
+    if low == high and (low == 0 or missing < SELDOM):
         return f"constant at {low:g}"
     if missing > limits.max_missing_fraction and not override:
         return f"missing in {missing:.4%} of the rows"

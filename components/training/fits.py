@@ -20,6 +20,11 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     """
     warnings: list[str] = []
     check_explores(data)
+    if no_choice(data):
+        raise StageError(
+            "possible_actions: no decision of the log lists more than the action that it took, so that there is "
+            "nothing to choose; log all that was possible, or leave the column out where that is not known"
+        )
     algorithm = spec.algorithm.config
     if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
         raise StageError(
@@ -57,11 +62,6 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     by_lists = (
         not isinstance(algorithm, QLearning) or isinstance(algorithm, CQL | BCQ) or algorithm.next_action == "best"
     )
-    if by_lists and no_choice(data):
-        raise StageError(
-            "possible_actions: no decision of the log lists more than the action that it took, so that there is "
-            "nothing to choose; log all that was possible, or leave the column out if any action was"
-        )
     if isinstance(lists, Lists) and by_lists and not lists.logged.all():
         if not lists.logged.any():
             sarsa = isinstance(algorithm, QLearning) and not isinstance(algorithm, CQL | BCQ)

@@ -148,7 +148,7 @@ def take_over(*outputs: str | Path) -> None:
                 if told is None and (left / RECORD).exists():
                     draft = place.with_name(f".{place.name}.draft")
                     shutil.rmtree(draft, ignore_errors=True)
-                    left = shutil.copytree(left, draft)
+                    left = shutil.copytree(left, draft, ignore=shutil.ignore_patterns(RECORD))
                 left.rename(place)
                 (place / RECORD).unlink(missing_ok=True)
 

@@ -125,8 +125,7 @@ def check_converges(score: float, spread: float, losses: list[float], most: floa
     known = f", while the log's rewards can sum to {most:.3g} at most" if math.isfinite(most) else ""
     raise StageError(
         f"training diverges: at step {step:,} the values of the logged actions are {score:.3g} on average, with a "
-        f"deviation of {spread:.3g}, and the loss is {loss:.3g}{known}. Values feed on themselves where the log has "
-        f"few of the actions that they make look best: {advice}"
+        f"deviation of {spread:.3g}, and the loss is {loss:.3g}{known}. {advice}"
     )
 
 
@@ -408,9 +407,9 @@ def probe_rows(usable: np.ndarray, data: Transitions) -> np.ndarray:
 
 
 def _remedy(algorithm: Algorithm) -> str:
-    """What helps where values feed on themselves."""
+    """What there is to know, and what helps."""
     if not isinstance(algorithm.config, LOOKING_AHEAD):
-        return "lower learningRate"
+        return "Lower learningRate"
     others = {
         "cql": "raise alpha",
         "bcq": "choose cql",
@@ -419,7 +418,10 @@ def _remedy(algorithm: Algorithm) -> str:
         "slateQ": "set nextSlate: logged",
     }
     learner = "choose iql or td3Bc" if isinstance(algorithm.config, ActorCritic) else "choose cql or bcq"
-    return f"lower learningRate or targetUpdateRate, or {others.get(algorithm.name, learner)}"
+    return (
+        "Values feed on themselves where the log has few of the actions that they make look best: lower learningRate "
+        f"or targetUpdateRate, or {others.get(algorithm.name, learner)}"
+    )
 
 
 def _most(data: Transitions, discounts: np.ndarray, rewards: np.ndarray, moved: float = 0.0) -> float:

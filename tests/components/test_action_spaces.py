@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -325,33 +324,40 @@ def test_the_best_next_action_is_not_known_without_lists(shelf: Path) -> None:
     assert warning.startswith(f"possible_actions: 1 of {N:,} decisions have none")
 
 
-@pytest.mark.parametrize("one_in", [2, 20])
-def test_a_policy_over_lists_does_what_was_logged_where_there_are_none_and_is_not_judged_where_that_is_often(
-    shelf: Path, tmp_path: Path, one_in: int
-) -> None:
+def without_lists(shelf: Path, to: Path, rows: np.ndarray) -> dict[str, Any]:
+    """What evaluation reports where the log does not tell what could be chosen at these rows, nor how likely."""
     table = pq.read_table(shelf / "features" / "training")
-    lists = [each if i % one_in else None for i, each in enumerate(table["possible_actions"].to_pylist())]
-    without = pa.array(lists, table.schema.field("possible_actions").type)
-    with stage("features", tmp_path / "features") as (directory, facts):
+    for name in ("possible_actions", "action_probability"):
+        at = table.schema.get_field_index(name)
+        kept = [None if out else each for out, each in zip(rows, table[name].to_pylist(), strict=True)]
+        table = table.set_column(at, name, pa.array(kept, table.schema.field(name).type))
+    with stage("features", to / "features") as (directory, facts):
         (directory / "training").mkdir()
-        at = table.schema.get_field_index("possible_actions")
-        pq.write_table(table.set_column(at, "possible_actions", without), directory / "training" / "part.parquet")
+        pq.write_table(table, directory / "training" / "part.parquet")
         facts |= {"features": ["taste"], "action_features": ["quality", "topic"]}
-    spec = JobSpec.model_validate(LISTS)
-    evaluate(spec, tmp_path / "features", shelf / "training", tmp_path / "evaluation", last_only=True)
-    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    if one_in == 2:
-        assert {tuple(found) for found in report["final"].values()} == {("refused",)}
-        assert re.search(r"\d\d% .* above 10%, have no possible_actions to choose among", report["gate"]["reason"])
-        return
+    evaluate(JobSpec.model_validate(LISTS), to / "features", shelf / "training", to / "evaluation", last_only=True)
+    return dict(json.loads((to / "evaluation" / "report.json").read_text()))
+
+
+def test_a_policy_over_lists_is_not_judged_where_decisions_before_an_end_have_none(shelf: Path, tmp_path: Path) -> None:
+    report = without_lists(shelf, tmp_path, np.arange(N) % STEPS == 1)
+    assert {tuple(found) for found in report["final"].values()} == {("refused",)}
+    assert "have no possible_actions to choose among, and are not the last of several" in report["gate"]["reason"]
+
+
+def test_at_an_end_without_a_list_a_policy_is_taken_to_do_what_was_logged(shelf: Path, tmp_path: Path) -> None:
     whole = json.loads((shelf / "evaluation" / "report.json").read_text())
-    share = report["diagnostics"]["as_logged_decisions"] / report["diagnostics"]["held_out_decisions"]
-    assert share == pytest.approx(1 / one_in, abs=0.02)
-    logged = whole["logged"]["per_step"]["earned"]
+    report = without_lists(shelf, tmp_path, np.arange(N) % STEPS == STEPS - 1)
+    diagnostics = report["diagnostics"]
+    assert diagnostics["as_logged_decisions"] == diagnostics["held_out_decisions"] / STEPS
     for estimator in ("stepwise_importance_sampling", "stepwise_direct_method", "stepwise_doubly_robust"):
         before, now = (document["final"][estimator]["earned"]["value"] for document in (whole, report))
-        assert now == pytest.approx((1 - share) * before + share * logged, rel=0.03), estimator
-        assert now < before
+        assert now == pytest.approx(before, rel=0.05), estimator
+    most = whole["final"]["stepwise_direct_method"]["earned"]["value"]
+    expected = 1.9 * most + 0.81 * whole["logged"]["per_step"]["earned"]
+    assert expected < 0.95 * 2.71 * most
+    for estimator in ("sequential_direct_method", "weighted_sequential_doubly_robust"):
+        assert report["final"][estimator]["earned"]["value"] == pytest.approx(expected, rel=0.05), estimator
 
 
 def test_items_that_are_described_alike_share_their_probability() -> None:

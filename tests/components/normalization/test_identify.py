@@ -11,7 +11,7 @@ from scipy import stats
 
 from components.normalization.explain import explain
 from components.normalization.graph import CLAMP, NormalizationGraph
-from components.normalization.identify import as_seen, box_cox, identify, identify_features, normality
+from components.normalization.identify import as_seen, box_cox, examine, identify, identify_features, normality
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
 from contracts.job import JobSpec, Normalization
 from contracts.stage import StageError, read_record, stage
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "holed": np.where(rng().random(500) < 0.2, np.nan, rng().normal(0, 1, 500)),
         "constant": np.full(500, 4.0),
         "half_constant": np.where(rng().random(500) < 0.5, np.nan, 4.0),
-        "mostly_constant": np.where(np.arange(500) < 2, np.nan, 4.0),
+        "zero": np.where(rng().random(500) < 0.5, np.nan, 0.0),
         "never": np.full(500, np.nan),
         "rare": np.where(np.arange(500) < 2, np.arange(500.0), np.nan),
     }
@@ -59,7 +59,7 @@ class TestTheStage:
     def test_features_that_carry_nothing_are_dropped_with_the_reason(self, identified: NormalizationSpec) -> None:
         assert identified.dropped == {
             "constant": "constant at 4",
-            "mostly_constant": "constant at 4",
+            "zero": "constant at 0",
             "never": "never present",
             "rare": "missing in 99.6000% of the rows",
         }
@@ -77,7 +77,7 @@ class TestTheStage:
         assert rows.tolist() == [[1.0], [0.0]]
 
     def test_dropped_features_stay_inputs(self, identified: NormalizationSpec) -> None:
-        kept, dropped = ["speed", "flag", "holed", "half_constant"], ["constant", "mostly_constant", "never", "rare"]
+        kept, dropped = ["speed", "flag", "holed", "half_constant"], ["constant", "zero", "never", "rare"]
         assert sorted(identified.inputs) == sorted(kept + dropped)
 
     def test_present_and_missing_values_are_counted(self, identified: NormalizationSpec) -> None:
@@ -117,6 +117,12 @@ def test_items_told_apart_by_which_features_they_have_keep_them_and_those_all_al
     assert [f.name for f in found.features] == ["0", "1"]
     items = NormalizationGraph(found)(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]))
     assert not torch.equal(items[0], items[1])
+
+
+@pytest.mark.parametrize(("missing", "found"), [(0, str), (5, str), (500, FeatureNormalization)])
+def test_a_constant_that_is_seldom_missing_is_one(missing: int, found: type) -> None:
+    summary = {"count": 10_000 - missing, "missing": missing, "minimum": 4.0, "maximum": 4.0}
+    assert isinstance(examine("x", np.full(50, 4.0), summary, Normalization(maxMissingFraction=1), None), found)
 
 
 def test_features_of_the_state_and_of_the_action_have_a_spec_each(

@@ -347,6 +347,15 @@ def test_outcomes_reported_later_join_their_decision(spark, tmp_path):
     assert rejected["unparsable"] == '{"mdp_id": "a", "sequ'
 
 
+def test_a_metric_that_is_reported_as_no_number_rejects_its_decision(spark, tmp_path):
+    log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=i) for i in range(2)]))
+    (tmp_path / "nan.jsonl").write_text('{"mdp_id": "a", "sequence_number": 1, "metrics": {"sale": NaN}}\n')
+    joined, counts = join_outcomes(spark, log, str(tmp_path / "nan.jsonl"))
+    assert counts["unparsable"] == 0
+    found = with_reason(joined, spec()).orderBy("sequence_number").collect()
+    assert [row["quarantine_reason"] for row in found] == [None, "non_finite_metric"]
+
+
 def test_a_report_that_does_not_say_when_is_late_where_the_job_waits(spark, tmp_path):
     log = read_log(spark, write_parquet(tmp_path / "log.parquet", [decision(step=i) for i in range(3)]))
     decided = [row["event_time"] for row in log.orderBy("sequence_number").collect()]
