@@ -129,8 +129,8 @@ class _Evaluator:
         self.n = int(self.mdp.max()) + 1
         self.replicates = cpe.bootstrap(self.mdp, spec.evaluation.bootstrap_samples, spec.seed)
         lists = held_out.possible
+        # bool [N]: where it is known what could be chosen; elsewhere the policy is taken to do what was logged.
         self.listed = np.asarray(lists.logged) if isinstance(lists, Lists) else np.ones(len(held_out), bool)
-        """bool [N]: where it is known what could be chosen; elsewhere the policy is taken to do what was logged."""
         self.discrete = bundle.actions.space == "discrete"
         self.fit_steps = spec.evaluation.fitted_q_steps
         self.choices = fit_choices(bundle, train, self.fit_steps, spec.seed) if spec.slate else None
@@ -145,7 +145,10 @@ class _Evaluator:
             self.mix = np.concatenate([self.mix, weights[:, None]], axis=1)
         self.metrics = held_out.metrics.astype(np.float64) @ self.mix
         drawn = self.mdp, self.replicates
-        steps = [cpe.logged_per_step(metric[self.listed], *self._one_by_one) for metric in self.metrics.T]
+        # Each decision for itself: those that could choose, or, where nothing is estimated since none is known to, all.
+        here = self.listed | ~self.listed.any()
+        self.one_by_one = self.mdp[here], self.replicates
+        steps = [cpe.logged_per_step(metric[here], *self.one_by_one) for metric in self.metrics.T]
         totals = [cpe.logged_per_mdp(metric, self.factor, *drawn) for metric in self.metrics.T]
         self.logged_samples = {"stepwise": steps, "sequential": totals}
         self.logged = {
@@ -196,7 +199,7 @@ class _Evaluator:
         estimates: dict[str, Any] = {name: {} for name in ESTIMATORS}
         for m, name in enumerate(self.names):
             metric, modelled = self.metrics[:, m], expected[:, :, m]
-            here, one_by_one = self.listed, self._one_by_one
+            here, one_by_one = self.listed, self.one_by_one
             samples = {
                 "stepwise_direct_method": cpe.stepwise_direct_method(modelled[here], target[here], *one_by_one),
             }
@@ -251,11 +254,6 @@ class _Evaluator:
             f"{without.sum():,} held-out decisions have no possible_actions to choose among, and are not the last of "
             "several"
         )
-
-    @property
-    def _one_by_one(self) -> tuple[np.ndarray, cpe.Replicates]:
-        """Whose the decisions are that are estimated each for itself, and the replicates: those that could choose."""
-        return self.mdp[self.listed], self.replicates
 
     @property
     def broken_off(self) -> str:

@@ -339,8 +339,11 @@ def without_lists(shelf: Path, to: Path, rows: np.ndarray) -> dict[str, Any]:
     return dict(json.loads((to / "evaluation" / "report.json").read_text()))
 
 
-def test_a_policy_over_lists_is_not_judged_where_decisions_before_an_end_have_none(shelf: Path, tmp_path: Path) -> None:
-    report = without_lists(shelf, tmp_path, np.arange(N) % STEPS == 1)
+@pytest.mark.parametrize("without", [np.arange(N) % STEPS == 1, np.ones(N, bool)], ids=["some", "all"])
+def test_a_policy_over_lists_is_not_judged_where_decisions_before_an_end_have_none(
+    shelf: Path, tmp_path: Path, without: np.ndarray
+) -> None:
+    report = without_lists(shelf, tmp_path, without)
     assert {tuple(found) for found in report["final"].values()} == {("refused",)}
     assert "have no possible_actions to choose among, and are not the last of several" in report["gate"]["reason"]
 
@@ -355,9 +358,9 @@ def test_at_an_end_without_a_list_a_policy_is_taken_to_do_what_was_logged(shelf:
         assert now == pytest.approx(before, rel=0.05), estimator
     most = whole["final"]["stepwise_direct_method"]["earned"]["value"]
     expected = 1.9 * most + 0.81 * whole["logged"]["per_step"]["earned"]
-    assert expected < 0.95 * 2.71 * most
+    assert 1.1 * expected < 2.71 * most, "so that one is not taken for the other"
     for estimator in ("sequential_direct_method", "weighted_sequential_doubly_robust"):
-        assert report["final"][estimator]["earned"]["value"] == pytest.approx(expected, rel=0.05), estimator
+        assert report["final"][estimator]["earned"]["value"] == pytest.approx(expected, rel=0.1), estimator
 
 
 def test_items_that_are_described_alike_share_their_probability() -> None:
