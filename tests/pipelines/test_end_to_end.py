@@ -242,7 +242,7 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
     kills = []
     for begun in seen.values():
         killed = begin("run", path, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        assert wait_until(begun, 180)
+        assert wait_until(begun, 600)
         assert wait_until(lambda: engines_under(workplace), 30)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
