@@ -24,6 +24,8 @@ class Trainer:
         self.learner = learner
         self.call: Callable[[Batch], tuple[Tensor, Tensor, Tensor]] = learner
         """The learner, or what calls it and averages gradients over the workers; a compiled one is not called."""
+        self.counts: Tensor | None = None
+        """How often the loss counts in the mean over workers, a scalar; None: once."""
         self.average: Callable[[list[Tensor]], Sequence[Tensor]] = list
         """Of a compiled learner's gradients, those over all workers."""
         # What learns by counting has no weights to step. Fused: one pass over the weights, where a step of a small
@@ -44,7 +46,7 @@ class Trainer:
             if self.optimizer:
                 for weight in self._weights:
                     weight.grad = None
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward(self.counts)  # type: ignore[no-untyped-call]
         if self.optimizer:
             self._descend(self.optimizer)
         self.learner.follow()

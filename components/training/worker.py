@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import itertools
 import math
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,19 +129,8 @@ def check_converges(score: float, spread: float, losses: list[float], most: floa
     )
 
 
-def whole_batch_gradients(share: float, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP hook: the gradient of the mean over the global batch, of which this worker has `share`.
-
-    DDP's own mean over workers would let the rows of a smaller share count for more. DDP also reads the annotations,
-    which must therefore not be strings.
-    """
-    summed = dist.all_reduce(bucket.buffer().mul_(share), async_op=True)
-    assert summed is not None
-    return summed.get_future().then(lambda done: done.value()[0])
-
-
 def average_gradients(share: float, gradients: list[Tensor]) -> list[Tensor]:
-    """The same of gradients that DDP has no part in."""
+    """Of the mean over the whole batch, of which this worker has `share`."""
     whole = torch.cat([gradient.flatten() for gradient in gradients]).mul_(share)
     dist.all_reduce(whole)
     parts = torch.split(whole, [gradient.numel() for gradient in gradients])
@@ -158,8 +147,18 @@ def work_together(trainer: Trainer, share: float, compiled: bool = False) -> Non
         distributed = DistributedDataParallel(
             trainer.learner, forward_sync_buffers=False, find_unused_parameters=delayed
         )
-        distributed.register_comm_hook(share, whole_batch_gradients)
         trainer.call = distributed
+        # DDP takes the mean over workers, by which the rows of a smaller share would count for more. A hook would do
+        # that, too, but Gloo's threads would then wait for Python's lock, which who ends the group may hold.
+        trainer.counts = torch.tensor(share * dist.get_world_size(), device=next(trainer.learner.parameters()).device)
+
+
+def leave_group() -> None:
+    """End what `init_process_group` began."""
+    # DDP refers to itself, and to the group: ended when that is found by chance, the group would wait for its threads
+    # with Python's lock held.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 @record
@@ -190,7 +189,7 @@ def main() -> None:
     except StageError as error:
         refused.write_text(str(error))
         raise
-    dist.destroy_process_group()
+    leave_group()
 
 
 def device_of_worker() -> torch.device:

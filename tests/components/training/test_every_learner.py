@@ -12,7 +12,7 @@ from torch import Tensor, multiprocessing
 from components.training import shared
 from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.trainer import Trainer
-from components.training.worker import work_together
+from components.training.worker import leave_group, work_together
 from tests.components.training.every_learner import BATCH, LEARNERS, shuffled, store, take_steps, trainer
 
 STEPS = 8
@@ -41,25 +41,30 @@ def test_training_goes_on_from_any_step_as_if_it_had_not_stopped(
 
 def learn_all(rank: int, workers: int, directory: str) -> None:
     """What so many workers learn by each, in one file each."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet{workers}", rank=rank, world_size=workers)
     for i, (kind, algorithm) in enumerate(LEARNERS):
-        data, actions = store(kind)
-        made, mine = trainer(actions, algorithm), shuffled(data, rank, workers)
-        shared.share(mine.first, mine.end, BATCH, lists=actions.described is not None)
-        if workers > 1:
-            work_together(made, mine.share / BATCH)
-        take_steps(made, data, mine, 0, STEPS)
+        weights = learn(kind, algorithm, rank, workers)
         if rank == 0:
-            save_file({name: value.clone() for name, value in learned(made).items()}, f"{directory}/{i}-{workers}")
-    dist.destroy_process_group()
+            save_file(weights, f"{directory}/{i}-{workers}")
+    leave_group()
+
+
+def learn(kind: str, algorithm: dict[str, dict[str, Any]], rank: int, workers: int) -> dict[str, Tensor]:
+    data, actions = store(kind)
+    made, mine = trainer(actions, algorithm), shuffled(data, rank, workers)
+    shared.share(mine.first, mine.end, BATCH, lists=actions.described is not None)
+    if workers > 1:
+        work_together(made, mine.share / BATCH)
+    take_steps(made, data, mine, 0, STEPS)
+    return {name: value.clone() for name, value in learned(made).items()}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("together")
     for workers in (1, 2):
-        multiprocessing.spawn(learn_all, (workers, str(directory)), nprocs=workers)
+        # Daemons: what hangs would be waited for once more when the tests end.
+        multiprocessing.spawn(learn_all, (workers, str(directory)), nprocs=workers, daemon=True)
     return directory
 
 
