@@ -23,15 +23,15 @@ from contracts.job import ESTIMATORS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "manifests" / "examples"
-# Logs are small here: to compile Spark's code well would take longer than it saves.
-JVM = {"SPARK_SUBMIT_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
 ENGINES = ("java", "tritonserver", "triton_python_backend_stub", "prometheus", "torchrun", "components.training.worker")
+
+pytestmark = pytest.mark.timeout(2400)
 
 
 def begin(*arguments: str | Path, cwd: Path, **how: Any) -> subprocess.Popen[Any]:
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "BLUEWHALE_COMMAND_ID"}
-    return subprocess.Popen(command, cwd=cwd, env=environment | JVM | {"PYTHONPATH": str(ROOT)}, **how)
+    return subprocess.Popen(command, cwd=cwd, env=environment | {"PYTHONPATH": str(ROOT)}, **how)
 
 
 def bluewhale(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

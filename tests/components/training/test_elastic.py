@@ -70,7 +70,7 @@ def start(place: Path) -> Iterator[Start]:
             "--rdzv-conf", f"is_host={int(not started)},last_call_timeout=1,keep_alive_interval=1,join_timeout=60",
             *worker(place, output),
         ]  # fmt: skip
-        environment = os.environ | ELASTIC | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = os.environ | ELASTIC | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         started.append(process)
         return process
@@ -128,7 +128,7 @@ def test_one_of_two_dies_in_mid_epoch_and_another_takes_its_place(place: Path, s
     assert steps == [step for step in range(1, EPOCHS * STEPS + 1) if step % looks == 0 or step % STEPS == 0]
 
     (tmp_path / "alone").mkdir()
-    one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0", "OMP_NUM_THREADS": "1"}
+    one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}
     subprocess.run([sys.executable, *worker(place, tmp_path / "alone")], cwd=ROOT, env=os.environ | one, check=True)
     undisturbed = load_file(tmp_path / "alone" / "policy" / "weights.safetensors")
     for name, weights in load_file(output / "policy" / "weights.safetensors").items():

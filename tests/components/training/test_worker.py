@@ -145,7 +145,7 @@ def started(
         sys.executable, "-m", "components.training.worker", "--job", output / "job.json",
         "--columns", stages / "columns", "--normalization", stages / "normalization", "--output", output,
     ]  # fmt: skip
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
     return [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(workers)
