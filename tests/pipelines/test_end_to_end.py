@@ -267,7 +267,9 @@ def test_a_log_with_broken_rows_runs_and_a_killed_run_carries_on(workplace):
 def test_an_interrupt_leaves_nothing_behind_and_says_how_to_carry_on(workplace):
     path = small_job(workplace, "interrupted")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = begin("run", path, cwd=workplace, start_new_session=True, **pipes)
+    # A shell that starts the tests in the background has them, and what they start, ignore interrupts.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = begin("run", path, cwd=workplace, start_new_session=True, preexec_fn=heard, **pipes)
     assert wait_until(lambda: engines_under(workplace), 60)
     os.killpg(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=30)
