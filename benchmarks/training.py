@@ -161,9 +161,9 @@ def rate(step: Step, batch: int) -> float:
     return done / passed
 
 
-def peak() -> float:
+def peak(precision: str) -> float:
     """Floating-point operations a second of a large multiplication."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a, b = torch.randn(2, 2048, 2048).to(getattr(torch, precision))
     best = 0.0
     for _ in range(10):
         started = time.perf_counter()
@@ -207,8 +207,9 @@ def main() -> None:
     parser.add_argument("--python", default="python", help="of the environment that has them")
     arguments = parser.parse_args()
     keep_memory()
-    fastest = peak()
-    print(f"{torch.get_num_threads()} threads, {fastest / 1e9:.0f} GFLOP/s")
+    fastest = {precision: peak(precision) for precision in {precision for precision, _ in WAYS.values()}}
+    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {precision}" for precision, value in fastest.items())
+    print(f"{torch.get_num_threads()} threads, {peaks}")
     for features, batch in itertools.product(arguments.features, arguments.batch):
         # Of one function torch holds no more than some compiled.
         torch.compiler.reset()
@@ -228,11 +229,12 @@ def main() -> None:
             turns = [{name: measure() for name, measure in measures.items()} for _ in range(arguments.repeats)]
         print(f"  {features} features, batch {batch:,}")
         for name in measures:
+            own = fastest[WAYS[name][0] if name in WAYS else "float32"]
             found, ratios = [turn[name] for turn in turns], [turn[name] / turn["by hand"] for turn in turns]
             (low, ratio, high), median = np.quantile(ratios, (0.25, 0.5, 0.75)), statistics.median(found)
             print(
                 f"    {name:18} {median:10,.0f} a second, {ratio:.2f} [{low:.2f}, {high:.2f}] times, "
-                f"{median * work(features) / fastest:.0%} of the peak",
+                f"{median * work(features) / own:.0%} of its precision's peak",
                 flush=True,
             )
 
