@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--python", default="python", help="of the environment that has them")
     arguments = parser.parse_args()
     keep_memory()
-    fastest = {precision: peak(precision) for precision in {precision for precision, _ in WAYS.values()}}
+    fastest = {precision: peak(precision) for precision in dict.fromkeys(how[0] for how in WAYS.values())}
     peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {precision}" for precision, value in fastest.items())
     print(f"{torch.get_num_threads()} threads, {peaks}")
     for features, batch in itertools.product(arguments.features, arguments.batch):
