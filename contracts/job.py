@@ -337,7 +337,7 @@ class DQN(QLearning):
 class C51(QLearning):
     """The distribution of returns over fixed atoms (Bellemare et al. 2017, arXiv 1707.06887)."""
 
-    atoms: int = Field(51, ge=2, le=1001, description="Returns that a distribution is over, equally far apart.")
+    atoms: int = Field(51, ge=2, le=255, description="Returns that a distribution is over, equally far apart.")
     lowest_return: float = Field(description="The first atom: no discounted return should be lower.")
     highest_return: float = Field(description="The last atom: no discounted return should be higher.")
 
@@ -351,7 +351,7 @@ class C51(QLearning):
 class QRDQN(QLearning):
     """Quantiles of the distribution of returns (Dabney et al. 2018, arXiv 1710.10044)."""
 
-    quantiles: int = Field(51, ge=1, le=1001, description="Quantiles, equally far apart.")
+    quantiles: int = Field(51, ge=1, le=255, description="Quantiles, equally far apart.")
 
 
 class CQL(QLearning):
@@ -626,6 +626,10 @@ class Training(Model):
                 f"batchSize {self.batch_size} must be a multiple of {processes}, workers.max times resources.gpus"
             )
         return self
+
+
+WHERE_TO_TRAIN = ("workers", "scheduler", "resources", "node_selector", "tolerations", "volumes")
+"""Fields of `Training`."""
 
 
 class SweepParameter(Model):
@@ -914,8 +918,8 @@ class JobSpec(Model):
         return JobSpec.model_validate(document)
 
     def deciding(self) -> str:
-        """All that decides what is learned, as JSON: how often training is kept does not."""
-        return self.model_dump_json(exclude={"training": {"checkpoint_seconds"}})
+        """All that decides what is learned, as JSON: how often training is kept, and what it runs on, do not."""
+        return self.model_dump_json(exclude={"training": {"checkpoint_seconds", *WHERE_TO_TRAIN}})
 
     def only(self, *sections: str) -> str:
         """The named sections, what an action is, and the seed as JSON: what a stage reads, lest others make it stale.

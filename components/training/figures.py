@@ -68,7 +68,7 @@ class Figures:
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         figures = seen | {
             "mc_loss": (logged - self.returns).abs().nanmean(),
-            "q_stddev": logged.std(),
+            "q_stddev": logged.std(correction=0),
             "q_maximum": best.max(),
             "gradient_norm": torch.nn.utils.get_total_norm(gradients) if gradients else best.new_zeros(()),
         }

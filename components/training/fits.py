@@ -20,10 +20,11 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     """
     warnings: list[str] = []
     check_explores(data)
-    if no_choice(data):
+    if no_choice(data, spec.slate.size if spec.slate else 1):
+        took = "items than it showed" if spec.slate else "than the action that it took"
         raise StageError(
-            "possible_actions: no decision of the log lists more than the action that it took, so that there is "
-            "nothing to choose; log all that was possible, or leave the column out where that is not known"
+            f"possible_actions: no decision of the log lists more {took}, so that there is nothing to choose; log all "
+            "that was possible, or leave the column out where that is not known"
         )
     algorithm = spec.algorithm.config
     if isinstance(algorithm, LOOKING_AHEAD) and data.truncated.all():
@@ -77,17 +78,17 @@ def check_fits(data: Transitions, spec: JobSpec, rewards: np.ndarray) -> list[st
     return warnings
 
 
-def no_choice(data: Transitions) -> bool:
-    """Whether nowhere in a log, where it tells what was possible, more than one action was."""
+def no_choice(data: Transitions, taken: int) -> bool:
+    """Whether nowhere in a log, where it tells what was possible, more was than is `taken` at once."""
     lists = data.possible
     if lists is None or (isinstance(lists, Lists) and not lists.logged.any()):
         return False
 
     def none(rows: slice) -> bool:
         if isinstance(lists, np.ndarray):
-            return bool((lists[rows].sum(1) <= 1).all())
+            return bool((lists[rows].sum(1) <= taken).all())
         lengths = lists.offsets[1:][rows] - lists.offsets[:-1][rows]
-        return bool((lengths[lists.logged[rows]] <= 1).all())
+        return bool((lengths[lists.logged[rows]] <= taken).all())
 
     # All are looked at only where the first ones have none.
     return none(slice(LOOKED_AT)) and none(slice(None))

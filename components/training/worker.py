@@ -210,12 +210,15 @@ def be_deterministic(wanted: bool = True) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself: where it does not, that is converted number by number."""
-    able = torch.cpu.get_capabilities()
-    if able["architecture"] == "x86_64":
-        return bool(able["avx512_bf16"] or able["amx_bf16"])
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def peak(precision: str, size: int = 512, turns: int = 5) -> float:
+    """Floating-point operations a second of this CPU in products of square matrices, the fastest of some turns."""
+    a, b = torch.ones(2, size, size).to(getattr(torch, precision))
+    best = 0.0
+    for _ in range(turns):
+        started = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
 
 
 def keep_memory() -> None:
@@ -250,10 +253,16 @@ def run_worker(
         warnings.append(text)
         print(text, file=sys.stderr, flush=True)
 
-    if spec.training.precision == "bfloat16" and device == CPU and not computes_bfloat16():
+    if spec.training.resources.gpus and device == CPU:
         warn(
-            "training.precision: this CPU has no instructions for bfloat16, and steps may take many times as "
-            "long as in float32: leave it out"
+            f"training.resources.gpus {spec.training.resources.gpus}: torch finds no GPU, and training takes the CPU; "
+            "in a cluster, build the training image with the torch that CUDA needs"
+        )
+    # CPUs may lack instructions for it, or have ones that are slower than float32's.
+    if spec.training.precision == "bfloat16" and device == CPU and (gain := peak("bfloat16") / peak("float32")) < 1:
+        warn(
+            f"training.precision: this CPU multiplies in bfloat16 {gain:.2g} times as fast as in float32, and steps "
+            "take longer: leave it out"
         )
     if spec.training.compile and (missing := missing_to_compile()):
         raise StageError(f"training.compile: there is no {missing}: install it, or leave training.compile out")
@@ -320,8 +329,13 @@ def run_worker(
         probed = store.batch(torch.from_numpy(probe))
     figures = None
     if rank == 0:
-        sequential = isinstance(algorithm.config, LOOKING_AHEAD | BehaviourCloning)
-        monte_carlo = data.returns(probe, rewards, discounts) if sequential else rewards[probe]
+        if isinstance(algorithm.config, BehaviourCloning):
+            # Its scores are no values.
+            monte_carlo = np.full(len(probe), np.nan, np.float32)
+        elif isinstance(algorithm.config, LOOKING_AHEAD):
+            monte_carlo = data.returns(probe, rewards, discounts)
+        else:
+            monte_carlo = rewards[probe]
         figures = Figures(output, learner, probed, torch.from_numpy(monte_carlo).to(device), actions, first=done + 1)
     check = functools.partial(check_converges, most=most, advice=_remedy(algorithm))
     batches = store.batches(shuffled, done, ends[-1])

@@ -314,8 +314,19 @@ def test_a_table_s_name_is_no_path(formats: dict[str, str], placed: tuple[str, s
     assert (found.decision_log, found.outcomes) == placed
 
 
-def test_how_often_training_is_kept_does_not_decide_what_is_learned() -> None:
-    made = {"actions": ["a", "b"], "training": {"checkpointSeconds": 60}}
-    often, seldom, other = ({}, {"training": {"checkpointSeconds": 600}}, {"seed": 5})
-    found = [JobSpec.model_validate(made | change).deciding() for change in (often, seldom, other)]
-    assert found[0] == found[1] != found[2]
+@pytest.mark.parametrize(
+    ("training", "decides"),
+    [
+        ({"checkpointSeconds": 600}, False),
+        ({"resources": {"memory": "8Gi"}, "nodeSelector": {"pool": "large"}}, False),
+        ({"workers": {"min": 1, "max": 2}}, False),
+        ({"volumes": [{"claimName": "more", "mountPath": "/more"}], "scheduler": "kubernetes"}, False),
+        ({"batchSize": 256}, True),
+    ],
+)
+def test_where_training_runs_and_how_often_it_is_kept_does_not_decide_what_is_learned(
+    training: dict[str, Any], decides: bool
+) -> None:
+    made = {"actions": ["a", "b"]}
+    found = [JobSpec.model_validate(made | change).deciding() for change in ({}, {"training": training})]
+    assert (found[0] != found[1]) == decides

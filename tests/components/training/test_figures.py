@@ -1,5 +1,6 @@
 """What people watch while a policy is trained."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_the_board_shows_losses_values_gradients_actions_and_the_reward(tmp_path
     logged = scores[range(16), batch.action]
     gradients = torch.cat([p.grad.flatten() for p in made.network.parameters()])
     for tag, value in {
-        "mc_loss": (logged - returns).abs().mean(), "q_mean": 2.0, "q_stddev": logged.std(),
+        "mc_loss": (logged - returns).abs().mean(), "q_mean": 2.0, "q_stddev": logged.std(correction=0),
         "q_maximum": scores.max(), "gradient_norm": gradients.norm(),
     }.items():  # fmt: skip
         assert found[tag][0][1] == pytest.approx(float(value), rel=1e-5)
@@ -74,6 +75,14 @@ def test_values_are_held_against_the_returns_that_are_known(tmp_path: Path) -> N
     assert distance == pytest.approx(float((logged[:4] - 3).abs().mean()), rel=1e-5)
     assert "mc_loss" not in curves(tmp_path / "0")
     assert "mc_loss" not in (tmp_path / "0" / "losses.jsonl").read_text()
+
+
+def test_of_a_single_decision_all_figures_are_numbers(tmp_path: Path) -> None:
+    figures = Figures(tmp_path, learner(), probe(1), torch.zeros(1), Actions(["left", "right"]))
+    figures.write(figures.look(50, 1, False, SEEN), 50)
+    figures.close()
+    (line,) = (tmp_path / "losses.jsonl").read_text().splitlines()
+    assert np.isfinite(list(json.loads(line).values())).all()
 
 
 def test_a_training_that_goes_on_has_each_step_once(tmp_path: Path) -> None:

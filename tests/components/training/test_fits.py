@@ -46,6 +46,28 @@ def test_a_log_that_cannot_be_learned_from_is_refused(data: Transitions, said: s
         check_fits(data, SPEC, np.zeros(len(data), np.float32))
 
 
+@pytest.mark.parametrize("listed", [2, 3])
+def test_slates_of_all_that_was_listed_were_no_choice(listed: int) -> None:
+    spec = JobSpec.model_validate(
+        {
+            "actionSpace": "slate", "slate": {"size": 2, "choice": "reward"}, "algorithm": {"slateQ": {}},
+            "evaluation": {"gate": {"metric": "reward", "estimator": "sequential_direct_method"}},
+            "reward": {"metricWeights": {"reward": 1.0}},
+        }
+    )  # fmt: skip
+    items = Lists(
+        ["price"], np.arange(6, dtype=np.float32).reshape(6, 1), np.arange(0, 3 * listed + 1, listed),
+        np.arange(3 * listed) % 6, np.ones(3, bool),
+    )  # fmt: skip
+    action = np.array([[0, 1], [1, 0], [0, 1]])
+    data = dataclasses.replace(transitions([0, 1, 1]), action=action, possible=items)
+    if listed == 3:
+        check_fits(data, spec, np.zeros(3, np.float32))
+        return
+    with pytest.raises(StageError, match="lists more items than it showed"):
+        check_fits(data, spec, np.zeros(3, np.float32))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "policy", "warned"),
     [("linUcb", "softmax", True), ("linUcb", "greedy", False), ("linearThompson", "softmax", False)],

@@ -195,6 +195,36 @@ def test_without_a_compiler_nothing_is_compiled(
     assert "training.compile: there is no C++ compiler no-such-compiler: install it" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_asked_for_and_not_there_are_told_of(
+    stages: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained(stages, tmp_path, resources=SPEC.training.resources.model_copy(update={"gpus": 1}))
+    said = "training.resources.gpus 1: torch finds no GPU, and training takes the CPU"
+    assert said in capfd.readouterr().err
+    (warning,) = json.loads((tmp_path / "policy" / "bundle.json").read_text())["provenance"]["warnings"]
+    assert said in warning
+
+
+def test_bfloat16_is_warned_of_where_it_is_slower(
+    stages: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gain = worker.peak("bfloat16") / worker.peak("float32")
+    if 0.8 < gain < 1.25:
+        pytest.skip("it is about as fast here")
+    trained(stages, tmp_path, precision="bfloat16", epochs=1)
+    assert ("times as fast as in float32" in capfd.readouterr().err) == (gain < 1)
+
+
+def test_scores_of_a_clone_are_not_held_against_returns(stages: Path, tmp_path: Path) -> None:
+    clone = JobSpec.model_validate(SPEC.model_dump(by_alias=True) | {"algorithm": {"behaviourCloning": {}}})
+    (worker,) = started(stages, tmp_path, spec=clone, epochs=1, steps_per_epoch=50)
+    assert worker.wait(240) == 0
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert lines
+    assert not any("mc_loss" in line for line in lines)
+
+
 def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
