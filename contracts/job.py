@@ -600,7 +600,9 @@ class Training(Model):
     )
     reward_scale: Positive = Field(1.0, description="Learn from rewards times this, after clipping; likewise.")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of hidden layers in training; bfloat16 is faster for wide layers and large batches."
+        "float32",
+        description="Of hidden layers in training; on GPUs and some CPUs bfloat16 is faster for wide layers and large "
+        "batches: training warns where it is not.",
     )
     compile: bool = Field(
         False,

@@ -118,6 +118,8 @@ def try_settings(
     shutil.rmtree(directory, ignore_errors=True)
     started = time.time()
     found: dict[str, Any] = {"number": number, "settings": settings, "failed": None}
+    # What failed for where it ran, or for `workers`, may not the next time.
+    finished = True
     gate = spec.evaluation.gate
     try:
         made = spec.with_settings(settings | ({"training.epochs": spec.sweep.epochs} if spec.sweep.epochs else {}))
@@ -144,13 +146,17 @@ def try_settings(
         found |= {name: report[gate.metric][name] for name in ("value", "low", "high", "relative")}
     except CannotJudgeError:
         raise
-    except (StageError, TransientError) as error:
+    except StageError as error:
         found["failed"] = str(error).splitlines()[0]
+    except TransientError as error:
+        found["failed"], finished = str(error).splitlines()[0], False
     except ValidationError as error:
         # Settings that are allowed each by itself may not go together.
-        found["failed"] = explain(error.errors()[0])
+        found["failed"], finished = explain(error.errors()[0]), False
     found["seconds"] = round(time.time() - started, 2)
     shutil.rmtree(directory, ignore_errors=True)
+    if not finished:
+        return found
     directory.mkdir()
     unfinished = directory / f".{TRIAL}"
     unfinished.write_text(json.dumps(found))

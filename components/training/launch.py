@@ -124,7 +124,7 @@ def train(
             "digest": bundle["digest"],
             "weights_digest": bundle["weights_digest"],
             "epochs": spec.training.epochs,
-            "workers": workers.max,
+            "workers": bundle["provenance"]["workers"],
             "transitions": bundle["provenance"]["transitions"],
             "warm_start": bundle["provenance"]["warm_start"],
             "warnings": warnings + bundle["provenance"]["warnings"],

@@ -318,7 +318,7 @@ def test_a_table_s_name_is_no_path(formats: dict[str, str], placed: tuple[str, s
     ("training", "decides"),
     [
         ({"checkpointSeconds": 600}, False),
-        ({"resources": {"memory": "8Gi"}, "nodeSelector": {"pool": "large"}}, False),
+        ({"resources": {"memory": "8Gi"}, "nodeSelector": {"pool": "large"}, "tolerations": [{}]}, False),
         ({"workers": {"min": 1, "max": 2}}, False),
         ({"volumes": [{"claimName": "more", "mountPath": "/more"}], "scheduler": "kubernetes"}, False),
         ({"batchSize": 256}, True),

@@ -30,8 +30,8 @@ def test_the_controller_is_better_than_chance_and_holds_the_top() -> None:
     assert leaning == pytest.approx(-TORQUE)
 
 
-# By how much is a matter of luck, that of the machine's rounding too: what is asked lies three deviations between seeds
-# under what ten seeds earned.
+# By how much is a matter of luck, that of the machine's rounding too: what is asked lies some three deviations between
+# seeds, or more, under the mean of several.
 
 
 def test_td3_bc_does_better_than_who_logged() -> None:

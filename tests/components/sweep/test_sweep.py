@@ -153,6 +153,28 @@ def test_a_trial_whose_workers_are_lost_is_tried_once_more(
     assert parts == ["-t0", "-t0b", "-t1", "-t1b", "-t2"], "by its name, a cluster would find what has failed"
 
 
+def test_a_trial_whose_workers_were_lost_is_tried_again_on_other_machines_and_others_are_not(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains, small = module.train, ranged(3, low=1e-3)
+    roomy = small.training.resources.model_copy(update={"memory": "8Gi"})
+    large = small.model_copy(update={"training": small.training.model_copy(update={"resources": roomy})})
+
+    def train(spec: JobSpec, *arguments: Any, **more: Any) -> None:
+        if spec.training.resources != roomy and more["part"].startswith("-t2"):
+            raise TransientError("training: the workers ended as FAILED")
+        trains(spec, *arguments, **more)
+
+    monkeypatch.setattr(module, "train", train)
+    given = stages / "features", stages / "normalization", tmp_path / "work"
+    failed = [[trial["failed"] for trial in search(spec, *given)[1]] for spec in (small, large)]
+    assert failed == [
+        ["training diverges", None, "training: the workers ended as FAILED"],
+        ["training diverges", None, None],
+    ]
+    assert len(judged) == 3, "what was found of the other two is known"
+
+
 def test_trials_begin_where_the_job_does(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:
     given = ranged(2, low=1e-3), stages / "features", stages / "normalization", tmp_path / "work"
     for name in ("first", "second"):

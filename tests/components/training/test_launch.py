@@ -25,7 +25,7 @@ from components.training.figures import LOSSES
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
 from components.training.worker import CHECKPOINTS
-from contracts.job import JobSpec, Resources
+from contracts.job import JobSpec, Resources, Workers
 from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, TransientError, read_record
 
 SPEC = JobSpec.model_validate(
@@ -239,7 +239,7 @@ def test_a_worker_that_is_killed_is_replaced_and_training_goes_on(
 def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begins_anew(
     tmp_path: Path, small_log: SmallLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, stages = small_log(epochs=4)
+    spec, stages = small_log(epochs=30)
     output = tmp_path / "training"
 
     def broken_off(runner: Any, handle: str, *_: Any) -> None:
@@ -257,9 +257,11 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     output = tmp_path / "later" / "training"
     output.parent.mkdir()
     launch.take_over(output)
-    launch.train(spec, *stages, output)
+    larger = {"workers": Workers(max=2), "resources": Resources(memory="8Gi")}
+    launch.train(spec.model_copy(update={"training": spec.training.model_copy(update=larger)}), *stages, output)
     first = output / "epochs" / "001" / DESCRIPTION
     assert first.stat().st_mtime_ns == written
+    assert read_record(output)["workers"] == 2
     weights, losses = read_record(output)["weights_digest"], (output / LOSSES).read_text()
 
     # A launcher that died when all but the record was written.
@@ -267,6 +269,7 @@ def test_a_training_that_was_broken_off_goes_on_and_one_with_other_settings_begi
     launch.train(spec, *stages, output)
     assert first.stat().st_mtime_ns == written
     assert (read_record(output)["weights_digest"], (output / LOSSES).read_text()) == (weights, losses)
+    assert read_record(output)["workers"] == 2, "who has trained, not who was asked for"
 
     (output / RECORD).unlink()
     launch.train(spec.model_copy(update={"seed": 5}), *stages, output)
