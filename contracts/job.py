@@ -630,10 +630,6 @@ class Training(Model):
         return self
 
 
-WHERE_TO_TRAIN = ("workers", "scheduler", "resources", "node_selector", "tolerations", "volumes")
-"""Fields of `Training`."""
-
-
 class SweepParameter(Model):
     """What a setting is tried with: numbers from `low` to `high`, or some choices."""
 
@@ -921,7 +917,8 @@ class JobSpec(Model):
 
     def deciding(self) -> str:
         """All that decides what is learned, as JSON: how often training is kept, and what it runs on, do not."""
-        return self.model_dump_json(exclude={"training": {"checkpoint_seconds", *WHERE_TO_TRAIN}})
+        runs_on = {"workers", "scheduler", "resources", "node_selector", "tolerations", "volumes"}
+        return self.model_dump_json(exclude={"training": {"checkpoint_seconds", *runs_on}})
 
     def only(self, *sections: str) -> str:
         """The named sections, what an action is, and the seed as JSON: what a stage reads, lest others make it stale.

@@ -30,12 +30,13 @@ def test_the_controller_is_better_than_chance_and_holds_the_top() -> None:
     assert leaning == pytest.approx(-TORQUE)
 
 
-# By how much is a matter of luck, that of the machine's rounding too: what is asked lies some three deviations between
-# seeds, or more, under the mean of several.
+# By how much is a matter of luck, that of the machine's rounding too: what is asked lies nearly three deviations, or
+# more, under what is earned on average.
 
 
 def test_td3_bc_does_better_than_who_logged() -> None:
-    assert pendulum("mediocre", "TD3+BC", 0) > pendulum("mediocre", LOGGED, 0) + 20
+    learned, logs = (np.mean([pendulum("mediocre", who, seed) for seed in (0, 1)]) for who in ("TD3+BC", LOGGED))
+    assert learned > logs + 40
 
 
 @pytest.mark.parametrize(("algorithm", "steps"), [("DDPG", 2_000), ("TD3", 2_000), ("SAC", 2_000), ("IQL", 5_000)])
