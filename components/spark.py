@@ -21,7 +21,10 @@ DRIVER_PORT, BLOCK_MANAGER_PORT = 7078, 7079
 
 @contextmanager
 def spark_session(name: str) -> Iterator[SparkSession]:
-    """A session in UTC that ends with the block, its JVM with it."""
+    """A session in UTC that ends with the block; within the block of another, that one."""
+    if running := SparkSession.getActiveSession():
+        yield running
+        return
     # Feast and Spark both turn timestamps into local time on the way through Python: keep every clock in UTC.
     os.environ["TZ"] = "UTC"
     time.tzset()
@@ -53,6 +56,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     else:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     if master.startswith("local"):
+        # On few cores a collector that stops the work costs less than one that runs beside it.
+        os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:+UseParallelGC")
         # Partitions that fit into memory when rows are many; Spark joins them again when rows are few.
         settings["spark.sql.shuffle.partitions"] = "64"
         # No listening on outside addresses.

@@ -1,15 +1,24 @@
 """What the components' tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.sql import SparkSession
 
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
+from components.spark import spark_session
 from contracts.stage import stage
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[SparkSession]:
+    """One session for all stages of a file, as what Spark has compiled for one it has for the next."""
+    with spark_session("test") as session:
+        yield session
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from contracts.job import JobSpec
 from serving.online_state import OnlineState
 from tests.components.features.test_point_in_time import NOON, apply, joined, named, repository, row, timeline
 
+pytestmark = pytest.mark.usefixtures("spark")
+
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -17,6 +17,8 @@ from components.features.store import SERVICE
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError
 
+pytestmark = pytest.mark.usefixtures("spark")
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SPEC = JobSpec.model_validate({"actions": ["a", "b"], "data": {"features": {"ttlSeconds": 60}}})
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.spark import spark_session
 from components.timeline.build import (
     LEFT_OUT,
     Plan,
@@ -70,12 +69,6 @@ def placed(log: Any, job: JobSpec) -> tuple[Any, Plan]:
     used = in_sample(with_reason(log, job), job)
     plan = make_plan(used, job, look_at(used) or all_names(used))
     return number_steps(compact(used, plan), plan), plan
-
-
-@pytest.fixture(scope="module")
-def spark():
-    with spark_session("test") as session:
-        yield session
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from components.timeline.build import HEAD_ROWS, build_timeline
 from contracts.job import JobSpec
 from contracts.stage import RECORD, StageError, TransientError
 
+pytestmark = pytest.mark.usefixtures("spark")
+
 ROWS = [
     {
         "mdp_id": f"m{i % 40}",

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from pyspark.sql import Row
 
-from components.spark import spark_session
 from components.timeline.build import build_timeline
 from components.timeline.describe import BINS, describe, distributions, mdps_by_length, of_lengths, warnings
 from contracts.job import JobSpec
@@ -36,12 +35,6 @@ ROWS = [
     row("a", 3, 4, terminal=True),
     row("b", 1, 0, truncated=True, state_age=None, state_visits=2.0, metrics=None, action_probability=None),
 ]
-
-
-@pytest.fixture(scope="module")
-def spark():
-    with spark_session("test") as session:
-        yield session
 
 
 @pytest.fixture(scope="module")

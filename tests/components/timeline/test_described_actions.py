@@ -14,6 +14,8 @@ from components.timeline.build import build_timeline
 from contracts.decision_log import schema
 from contracts.job import JobSpec
 
+pytestmark = pytest.mark.usefixtures("spark")
+
 SOFA, LAMP = {"price": 900.0, "blue": 1.0}, {"price": 40.0, "blue": 0.0}
 
 

@@ -13,7 +13,6 @@ import pyarrow.orc as orc
 import pyarrow.parquet as pq
 import pytest
 
-from components.spark import spark_session
 from components.timeline.outcomes import join_outcomes
 from components.timeline.quarantine import REASON, with_reason
 from components.timeline.read import AS_IT_WAS, UNREADABLE, read_log, read_outcomes
@@ -33,12 +32,6 @@ ROW: dict[str, Any] = {
     "metrics": {"clicks": 2.0},
 }
 READ = ROW | {"event_time": datetime(2026, 1, 1, 12)}
-
-
-@pytest.fixture(scope="module")
-def spark():
-    with spark_session("test") as session:
-        yield session
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> str:
