@@ -20,6 +20,10 @@ from contracts.job import C51, Algorithm, BehaviourCloning
 from contracts.stage import StageError
 
 
+class IncompatibleError(StageError):
+    """The log's features or actions are no longer those of the policy."""
+
+
 def start_from(
     directory: str,
     network: Normalized,
@@ -32,9 +36,10 @@ def start_from(
     """Give the network a bundle's weights and the optimizer its state; returns that policy's digest.
 
     Features of the state or of items, and values of an enum, that are new since then begin without a weight, so that
-    the policy is the same at first, but for features' scales, which follow the log. Raises `StageError`, and changes
-    nothing, where the bundle does not fit: algorithm, actions or layers are others, a feature is gone or of another
-    type, or values are of other rewards or another discount than those that the job's are `valued_by`.
+    the policy is the same at first, but for features' scales, which follow the log. Changes nothing where the bundle
+    does not fit, and raises `IncompatibleError` where actions are others or a feature is gone or of another type,
+    `StageError` where it cannot be read, or where algorithm or layers are others, or values are of other rewards or
+    another discount than those that the job's are `valued_by`.
     """
     bundle = read_bundle(directory)
     if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
@@ -70,12 +75,14 @@ def _places(
 ) -> list[int]:
     """Where each input of the bundle's network is among the inputs of this one: of the state, then of an action."""
     if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
-        raise StageError(f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}")
+        raise IncompatibleError(
+            f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}"
+        )
     if bundle.actions.slate != actions.slate:
         theirs, ours = (f"slates of {n}" if n else "single items" for n in (bundle.actions.slate, actions.slate))
-        raise StageError(f"{directory}: its actions are {theirs}, this job's are {ours}")
+        raise IncompatibleError(f"{directory}: its actions are {theirs}, this job's are {ours}")
     if bundle.actions.bounds != actions.bounds:
-        raise StageError(
+        raise IncompatibleError(
             f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "
             "not change with the log"
         )
@@ -95,12 +102,18 @@ def _columns(theirs: NormalizationSpec, ours: NormalizationSpec, directory: str)
     types = {f.name: f.type for f in ours.features}
     for feature in theirs.features:
         if types.get(feature.name) != feature.type:
-            now = f"is {types[feature.name]} now" if feature.name in types else "is gone"
-            raise StageError(f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}")
+            now = "is gone"
+            if feature.name in types:
+                now = f"is {types[feature.name]} now; normalization.overrides would keep its type"
+            raise IncompatibleError(
+                f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}"
+            )
     columns = NormalizationGraph(theirs).output_columns
     places = {column: place for place, column in enumerate(NormalizationGraph(ours).output_columns)}
     if gone := [column for column in columns if column not in places]:
-        raise StageError(f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more")
+        raise IncompatibleError(
+            f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more"
+        )
     return [places[column] for column in columns]
 
 

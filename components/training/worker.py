@@ -38,7 +38,7 @@ from components.training.checkpoint import load_checkpoint, save_checkpoint
 from components.training.figures import Figures, Look, forget_after
 from components.training.store import build_store, local_workers
 from components.training.trainer import Trainer, missing_to_compile
-from components.training.warm_start import start_from
+from components.training.warm_start import IncompatibleError, start_from
 from components.transitions import Lists, Transitions
 from contracts.job import (
     C51,
@@ -298,6 +298,10 @@ def run_worker(
             given = network, trainer.optimizer, normalization, actions, algorithm, valued_by(spec)
             started_from = start_from(warm_start, *given)
             learner.catch_up()
+        except IncompatibleError as error:
+            raise StageError(
+                f"no warm start: {error}. Or run the job once without a warm start, and begin with its policy"
+            ) from None
         except StageError as error:
             warn(f"no warm start, training begins anew: {error}")
     elif warm_start:

@@ -19,14 +19,18 @@ import psutil
 import pytest
 from torchx.specs import AppState
 
+from components.normalization.spec import SPECS, NormalizationSpec
 from components.training import launch
-from components.training.bundle import DESCRIPTION
+from components.training.actions import Actions
+from components.training.algorithms.build import build_network
+from components.training.bundle import DESCRIPTION, write_bundle
 from components.training.figures import LOSSES
 from components.training.kubernetes_scheduler import Opts, render
 from components.training.launch import _follow, at_volume_root, cluster_config, pod_resource
 from components.training.worker import CHECKPOINTS
-from contracts.job import JobSpec, Resources, Workers
+from contracts.job import JobSpec, PolicyHead, Resources, Workers
 from contracts.stage import EARLIER_VARIABLE, RECORD, StageError, TransientError, read_record
+from contracts.transitions import STATE_PREFIX
 
 SPEC = JobSpec.model_validate(
     {
@@ -285,6 +289,15 @@ def test_a_policy_that_does_not_fit_to_begin_with_is_told_of_in_the_record(tmp_p
     assert record["warm_start"] is None
     [warning] = record["warnings"]
     assert re.match(r"no warm start, training begins anew: .*gone", warning)
+
+
+def test_a_policy_of_other_actions_is_nothing_to_begin_with(tmp_path: Path, small_log: SmallLog) -> None:
+    spec, stages = small_log(epochs=1)
+    normalization, actions = NormalizationSpec.read(stages[1] / SPECS[STATE_PREFIX]), Actions(["up", "down"])
+    network = build_network(spec.algorithm, normalization, actions)
+    write_bundle(tmp_path / "policy", network, spec.algorithm, normalization, actions, PolicyHead(), {})
+    with pytest.raises(StageError, match=r"no warm start: .*actions are not this job's: up, down.* run the job once"):
+        launch.train(spec, *stages, tmp_path / "training", warm_start=str(tmp_path / "policy"))
 
 
 def test_what_several_attempts_have_left_is_put_together_the_last_one_s_first(
