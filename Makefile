@@ -41,6 +41,7 @@ bench: install $(OTHER_ENGINES)/.installed ## Measure timeline, normalization an
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --rows $(or $(ROWS),1000000) --repeats 1 --skew 0.05
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/timeline.py --repeats $(or $(REPEATS),3) --format json --ours bare timeline
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/normalization.py --rows $(or $(NORMALIZATION_ROWS),50000) --repeats 1
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/catalogue.py --repeats $(or $(REPEATS),20)
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/training.py --repeats $(or $(REPEATS),20) \
 	  --against d3rlpy tianshou torchrl --python $(OTHER_ENGINES)/bin/python
 

@@ -93,10 +93,19 @@ def normalization(features: int) -> NormalizationSpec:
 
 
 def ours(data: Store, features: int, batch: int, precision: str, compiled: bool, directory: Path) -> Step:
+    """Double DQN on two actions in a training worker's loop, a step at a time."""
+    algorithm = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False))
+    actions = Actions(["first", "second"])
+    return worker(data, algorithm, normalization(features), actions, batch, directory, precision, compiled)
+
+
+def worker(
+    data: Store, algorithm: Algorithm, states: NormalizationSpec, actions: Actions, batch: int, directory: Path,
+    precision: str = "float32", compiled: bool = False,
+) -> Step:  # fmt: skip
     """A training worker's loop, a step at a time."""
-    algorithm, actions = Algorithm(dqn=DQN(hiddenLayers=[HIDDEN, HIDDEN], dueling=False)), Actions(["first", "second"])
     torch.manual_seed(0)
-    network = build_network(algorithm, normalization(features), actions)
+    network = build_network(algorithm, states, actions)
     learner = build_learner(algorithm, network)
     learner.compute_in(precision)
     trainer = Trainer(learner, algorithm.learning_rate, compiled)
