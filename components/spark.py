@@ -21,10 +21,8 @@ DRIVER_PORT, BLOCK_MANAGER_PORT = 7078, 7079
 
 @contextmanager
 def spark_session(name: str) -> Iterator[SparkSession]:
-    """A session in UTC that ends with the block; within the block of another, that one."""
-    if running := SparkSession.getActiveSession():
-        yield running
-        return
+    """A session in UTC that ends with the block; within the block of another, that one, which does not."""
+    running = SparkSession.getActiveSession()
     # Feast and Spark both turn timestamps into local time on the way through Python: keep every clock in UTC.
     os.environ["TZ"] = "UTC"
     time.tzset()
@@ -71,7 +69,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     try:
         yield session
     finally:
-        session.stop()
+        if not running:
+            session.stop()
 
 
 def executor_settings(environment: Mapping[str, str], template: Path) -> dict[str, str]:

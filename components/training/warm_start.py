@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from components.normalization.graph import NormalizationGraph
-from components.normalization.spec import NormalizationSpec
+from components.normalization.spec import NormalizationSpec, label
 from components.training.actions import Actions
 from components.training.bundle import OPTIMIZER, Bundle, read_bundle
 from components.training.network import Normalized, QNetwork
 from contracts.job import C51, Algorithm, BehaviourCloning
 from contracts.stage import StageError
+from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 
 
 class IncompatibleError(StageError):
-    """The log's features or actions are no longer those of the policy."""
+    """Features or actions are no longer those of the policy."""
 
 
 def start_from(
@@ -38,8 +39,8 @@ def start_from(
     Features of the state or of items, and values of an enum, that are new since then begin without a weight, so that
     the policy is the same at first, but for features' scales, which follow the log. Changes nothing where the bundle
     does not fit, and raises `IncompatibleError` where actions are others or a feature is gone or of another type,
-    `StageError` where it cannot be read, or where algorithm or layers are others, or values are of other rewards or
-    another discount than those that the job's are `valued_by`.
+    `StageError` where it cannot be read, where an enum has lost a value, where algorithm or layers are others, or where
+    values are of other rewards or another discount than those that the job's are `valued_by`.
     """
     bundle = read_bundle(directory)
     if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
@@ -76,7 +77,8 @@ def _places(
     """Where each input of the bundle's network is among the inputs of this one: of the state, then of an action."""
     if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
         raise IncompatibleError(
-            f"{directory}: its actions are not this job's: {', '.join(bundle.actions.names) or 'items'}"
+            f"{directory}: its actions are {', '.join(bundle.actions.names) or 'items'}, "
+            f"this job's are {', '.join(actions.names) or 'items'}"
         )
     if bundle.actions.slate != actions.slate:
         theirs, ours = (f"slates of {n}" if n else "single items" for n in (bundle.actions.slate, actions.slate))
@@ -86,9 +88,9 @@ def _places(
             f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "
             "not change with the log"
         )
-    places = _columns(bundle.normalization, normalization, directory)
+    places = _columns(bundle.normalization, normalization, STATE_PREFIX, directory)
     if bundle.actions.described and actions.described:
-        columns = _columns(bundle.actions.described, actions.described, directory)
+        columns = _columns(bundle.actions.described, actions.described, ACTION_PREFIX, directory)
         places += [network.normalization.outputs + place for place in columns]
     elif actions.bounds:
         places += range(network.normalization.outputs, _inputs(normalization, actions))
@@ -97,23 +99,19 @@ def _places(
     return places
 
 
-def _columns(theirs: NormalizationSpec, ours: NormalizationSpec, directory: str) -> list[int]:
+def _columns(theirs: NormalizationSpec, ours: NormalizationSpec, prefix: str, directory: str) -> list[int]:
     """Where each column of the bundle's normalized features is among ours."""
     types = {f.name: f.type for f in ours.features}
     for feature in theirs.features:
         if types.get(feature.name) != feature.type:
-            now = "is gone"
+            name, now = label(prefix, feature.name), "is gone"
             if feature.name in types:
-                now = f"is {types[feature.name]} now; normalization.overrides would keep its type"
-            raise IncompatibleError(
-                f"{directory}: its features are not this job's: {feature.name} ({feature.type}) {now}"
-            )
+                now = f"is {types[feature.name]} now; normalization.overrides.{name} can keep its type"
+            raise IncompatibleError(f"{directory}: its features are not this job's: {name} ({feature.type}) {now}")
     columns = NormalizationGraph(theirs).output_columns
     places = {column: place for place, column in enumerate(NormalizationGraph(ours).output_columns)}
     if gone := [column for column in columns if column not in places]:
-        raise IncompatibleError(
-            f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more"
-        )
+        raise StageError(f"{directory}: its features are not this job's: {gone[0][0]} has no {gone[0][1]} any more")
     return [places[column] for column in columns]
 
 

@@ -300,7 +300,8 @@ def run_worker(
             learner.catch_up()
         except IncompatibleError as error:
             raise StageError(
-                f"no warm start: {error}. Or run the job once without a warm start, and begin with its policy"
+                f"no warm start: {error}. Keep what the policy had, or run the job once without a warm start, so that "
+                "later runs begin with what it learns"
             ) from None
         except StageError as error:
             warn(f"no warm start, training begins anew: {error}")

@@ -13,8 +13,6 @@ from components.normalization.spec import NormalizationSpec
 from contracts.job import Normalization
 from contracts.stage import StageError, stage
 
-pytestmark = pytest.mark.usefixtures("spark")
-
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,8 +16,6 @@ from components.normalization.spec import FeatureNormalization, NormalizationSpe
 from contracts.job import JobSpec, Normalization
 from contracts.stage import StageError, read_record, stage
 
-pytestmark = pytest.mark.usefixtures("spark")
-
 LIMITS = Normalization()
 N = 20_000
 

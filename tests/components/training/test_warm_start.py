@@ -16,7 +16,7 @@ from components.training.algorithms.learner import Batch
 from components.training.bundle import read_bundle, write_bundle
 from components.training.network import Normalized
 from components.training.trainer import Trainer
-from components.training.warm_start import start_from
+from components.training.warm_start import IncompatibleError, start_from
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
@@ -148,23 +148,38 @@ def test_slates_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "actions", "layers", "said"),
+    ("now", "actions", "layers", "error", "said"),
     [
-        (BEFORE, ACTIONS, [9], "its layers are not this job's"),
-        (BEFORE, Actions(["up", "down"]), [8], "its actions are not this job's: left, right"),
-        (spec(PLACE), ACTIONS, [8], r"its features are not this job's: x (continuous) is gone"),
-        (spec(feature("x", "binary"), PLACE), ACTIONS, [8], "x (continuous) is binary now"),
-        (spec(X, feature("place", "enum", values=[2.0, 3.0])), ACTIONS, [8], "place has no value 1 any more"),
+        (BEFORE, ACTIONS, [9], StageError, "its layers are not this job's"),
+        (
+            BEFORE,
+            Actions(["up", "down"]),
+            [8],
+            IncompatibleError,
+            "its actions are left, right, this job's are up, down",
+        ),
+        (spec(PLACE), ACTIONS, [8], IncompatibleError, "its features are not this job's: x (continuous) is gone"),
+        (spec(feature("x", "binary"), PLACE), ACTIONS, [8], IncompatibleError, "x (continuous) is binary now"),
+        (
+            spec(X, feature("place", "enum", values=[2.0, 3.0])),
+            ACTIONS,
+            [8],
+            StageError,
+            "place has no value 1 any more",
+        ),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused_and_says_why(
-    bundle: Path, algorithm: dict[str, Any], now: NormalizationSpec, actions: Actions, layers: list[int], said: str
-) -> None:
+    bundle: Path, algorithm: dict[str, Any], now: NormalizationSpec, actions: Actions, layers: list[int],
+    error: type[StageError], said: str,
+) -> None:  # fmt: skip
+    """Other features and actions are told apart from what a job may change, with which training begins anew."""
     name, settings = next(iter(algorithm.items()))
     network, trainer = begun({name: settings | {"hiddenLayers": layers}}, now)
     before = [weights.clone() for weights in network.parameters()]
-    with pytest.raises(StageError, match=re.escape(said)):
+    with pytest.raises(StageError, match=re.escape(said)) as raised:
         start(bundle, network, trainer, now, algorithm, actions)
+    assert raised.type is error
     assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
 
 
