@@ -43,6 +43,7 @@ def start_from(
     values are of other rewards or another discount than those that the job's are `valued_by`.
     """
     bundle = read_bundle(directory)
+    taken = _places(bundle, network, normalization, actions, directory)
     if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
         raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
     if not isinstance(algorithm.config, BehaviourCloning):
@@ -50,7 +51,6 @@ def start_from(
         for name, ours in valued_by.items():
             if (theirs := bundle.provenance.get(name, ours)) != ours:
                 raise StageError(f"{directory}: its values are of {name} {theirs}, and this job's of {ours}")
-    taken = _places(bundle, network, normalization, actions, directory)
     known = dict(bundle.network.named_parameters())
     moments = _read_moments(Path(directory) / OPTIMIZER)
     with torch.no_grad():
