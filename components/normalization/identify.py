@@ -26,6 +26,8 @@ SELDOM = 0.001
 """Share of the rows of which a constant may be missing and is none the less constant."""
 SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
+TOGETHER = 16
+"""Columns that one aggregate summarizes: of more, Spark makes code that the JVM does not compile."""
 HASHES = 10**15
 """Fine enough for a sample of thousands in billions of rows."""
 LARGEST = 3e38
@@ -35,10 +37,10 @@ LARGEST = 3e38
 def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -> None:
     """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
-    Spark reads the training data twice, whatever the number of features: a sample for distributions and tests of
-    normality, and all rows for counts and ends; and once more the columns of few integers of which the sample has
-    missed some. An action's feature is called `action_feature_<name>` where both kinds are spoken of. Raises
-    `StageError` when no feature of the state, or of described actions, is left to learn from.
+    Spark reads each column twice, whatever their number: a sample for distributions and tests of normality, and all
+    rows for counts and ends; and once more the columns of few integers of which the sample has missed some. An action's
+    feature is called `action_feature_<name>` where both kinds are spoken of. Raises `StageError` when no feature of the
+    state, or of described actions, is left to learn from.
     """
     record = read_record(features)
     groups = {STATE_PREFIX: record["features"], ACTION_PREFIX: record.get("action_features", [])}
@@ -53,7 +55,6 @@ def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -
         report(0, 3, "sample")
         sample, whole = draw(data, list(labels), spec.normalization.sample_rows, spec.seed)
         few = {} if whole else {c: v for c in labels if (v := countable(sample[c], spec.normalization)) is not None}
-        report(1, 3, "all rows")
         summary = summarize(data, list(labels), few)
         report(2, 3, f"{len(labels)} features")
 
@@ -113,19 +114,23 @@ def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
 
 def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many have other values."""
-    parts = [F.count(F.lit(1))]
-    for column in columns:
-        value = F.col(f"`{column}`")
-        parts += [F.count(value), F.min(value), F.max(value)]
-    parts += [F.count_if(~F.col(f"`{c}`").cast("float").isin(values.tolist())) for c, values in few.items()]
-    rows, *found = data.agg(*parts).collect()[0]
     result: dict[str, dict[str, Any]] = {}
-    for i, column in enumerate(columns):
-        count, low, high = found[3 * i : 3 * i + 3]
-        result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
-    others = dict(zip(few, found[3 * len(columns) :], strict=True))
+    seldom = []
+    for start in range(0, len(columns), TOGETHER):
+        report(1 + start / len(columns), 3, "all rows")
+        group = columns[start : start + TOGETHER]
+        parts = [F.count(F.lit(1))]
+        for column in group:
+            value = F.col(f"`{column}`")
+            other = ~value.cast("float").isin(few[column].tolist()) if column in few else F.lit(False)
+            parts += [F.count(value), F.min(value), F.max(value), F.count_if(other)]
+        rows, *found = data.agg(*parts).collect()[0]
+        for i, column in enumerate(group):
+            count, low, high, others = found[4 * i : 4 * i + 4]
+            result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
+            seldom += [column] if others else []
     # Values that the sample missed are few, if there are any: only then are they counted.
-    if seldom := [c for c, n in others.items() if n]:
+    if seldom:
         distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
         for column, n in zip(seldom, distinct, strict=True):
             result[column]["distinct"] = max(n, few[column].size + 1)
