@@ -20,14 +20,18 @@ from pydantic import ValidationError
 
 from components.columns import check_split, open_columns, write_columns
 from components.evaluation.evaluate import FEWEST_MDPS, evaluate
+from components.normalization.spec import SPECS, NormalizationSpec
 from components.sweep.page import best_of, write_page
+from components.training.actions import find_actions
 from components.training.bundle import DESCRIPTION
 from components.training.fits import check_explores
 from components.training.launch import train
+from components.training.warm_start import check_compatible
 from components.transitions import held_out
 from contracts import progress
-from contracts.job import JobSpec, SweepParameter, explain
+from contracts.job import JobSpec, LinearBandit, SweepParameter, explain
 from contracts.stage import RECORD, StageError, TransientError, code_version, read_record, stage, untold
+from contracts.transitions import STATE_PREFIX
 
 TRIAL, REPORT, PAGE = "trial.json", "sweep.json", "sweep.html"
 BATCH_ROWS = 1 << 16
@@ -80,7 +84,12 @@ def search(
             training_mdps(spec, features, work / "features")
         write_columns(work / "features", _of_trials(spec), work / "columns")
         (work / "identity").write_text(mine)
-    check_explores(open_columns(work / "columns")[0])
+    data, _ = open_columns(work / "columns")
+    check_explores(data)
+    if warm_start and not isinstance(spec.algorithm.config, LinearBandit):
+        # Each trial would be refused, for no setting changes it.
+        states = NormalizationSpec.read(normalization / SPECS[STATE_PREFIX])
+        check_compatible(warm_start, states, find_actions(data, spec, normalization, warn=lambda _: None))
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     parameters = spec.sweep.parameters
     own = {path: value for path in parameters if (value := _of(spec, path)) is not None}

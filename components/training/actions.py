@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from components.normalization.spec import NormalizationSpec
+import numpy as np
+
+from components.normalization.spec import SPECS, NormalizationSpec
+from components.transitions import Transitions
+from contracts.job import JobSpec
+from contracts.stage import StageError
+from contracts.transitions import ACTION_PREFIX
 
 
 @dataclass(frozen=True)
@@ -38,3 +46,24 @@ class Actions:
         if self.slate:
             found["slate"] = self.slate
         return found
+
+
+def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path, warn: Callable[[str], None]) -> Actions:
+    """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
+    if spec.action_space == "discrete":
+        return Actions(list(spec.actions))
+    if spec.action_space in ("parametric", "slate"):
+        described = NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX])
+        return Actions([], described=described, slate=spec.slate.size if spec.slate else None)
+    if unknown := set(spec.action_bounds) - set(data.actions):
+        raise StageError(f"actionBounds.{min(unknown)}: the log's actions have {', '.join(data.actions)}")
+    bounds = []
+    for i, name in enumerate(data.actions):
+        given = spec.action_bounds.get(name)
+        low, high = (given.low, given.high) if given else (float(v(data.action[:, i])) for v in (np.min, np.max))
+        if low == high:
+            raise StageError(f"action: {name} is {low:g} in all decisions: set actionBounds.{name}, or leave it out")
+        if outside := int(((data.action[:, i] < low) | (data.action[:, i] > high)).sum()):
+            warn(f"actionBounds.{name}: {outside:,} logged values lie outside, and are not learned from")
+        bounds.append((low, high))
+    return Actions(data.actions, bounds)

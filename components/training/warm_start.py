@@ -24,6 +24,22 @@ from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 class IncompatibleError(StageError):
     """Features or actions are no longer those of the policy."""
 
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"no warm start: {why}. Keep what the policy had, or run the job once without a warm start, so that later "
+            "runs begin with what it learns"
+        )
+
+
+def check_compatible(directory: str, normalization: NormalizationSpec, actions: Actions) -> None:
+    """Raise `IncompatibleError` where `start_from` would, whatever the algorithm's settings."""
+    try:
+        _places(read_bundle(directory), normalization, actions, directory)
+    except IncompatibleError:
+        raise
+    except StageError:
+        return  # training begins anew, and says why
+
 
 def start_from(
     directory: str,
@@ -43,7 +59,9 @@ def start_from(
     values are of other rewards or another discount than those that the job's are `valued_by`.
     """
     bundle = read_bundle(directory)
-    taken = _places(bundle, network, normalization, actions, directory)
+    taken = _places(bundle, normalization, actions, directory)
+    if _shapes(bundle.network) != _shapes(network):
+        raise StageError(f"{directory}: its layers are not this job's")
     if (was := _meaning(bundle.algorithm)) != (now := _meaning(algorithm)):
         raise StageError(f"{directory}: its scores are {was}, and this job's are {now}")
     if not isinstance(algorithm.config, BehaviourCloning):
@@ -71,10 +89,8 @@ def _meaning(algorithm: Algorithm) -> str:
     return "log-probabilities" if isinstance(config, BehaviourCloning) else "values"
 
 
-def _places(
-    bundle: Bundle, network: Normalized, normalization: NormalizationSpec, actions: Actions, directory: str
-) -> list[int]:
-    """Where each input of the bundle's network is among the inputs of this one: of the state, then of an action."""
+def _places(bundle: Bundle, normalization: NormalizationSpec, actions: Actions, directory: str) -> list[int]:
+    """Where each input of the bundle's network is among the job's: of the state, then of an action."""
     if bundle.actions.names != actions.names or (bundle.actions.described is None) != (actions.described is None):
         raise IncompatibleError(
             f"{directory}: its actions are {', '.join(bundle.actions.names) or 'items'}, "
@@ -89,13 +105,12 @@ def _places(
             "not change with the log"
         )
     places = _columns(bundle.normalization, normalization, STATE_PREFIX, directory)
+    of_state = NormalizationGraph(normalization).outputs
     if bundle.actions.described and actions.described:
         columns = _columns(bundle.actions.described, actions.described, ACTION_PREFIX, directory)
-        places += [network.normalization.outputs + place for place in columns]
+        places += [of_state + place for place in columns]
     elif actions.bounds:
-        places += range(network.normalization.outputs, _inputs(normalization, actions))
-    if _shapes(bundle.network) != _shapes(network):
-        raise StageError(f"{directory}: its layers are not this job's")
+        places += range(of_state, _inputs(normalization, actions))
     return places
 
 

@@ -26,9 +26,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from components.columns import open_columns
-from components.normalization.spec import SPECS, NormalizationSpec
+from components.normalization.spec import NormalizationSpec
 from components.training import shared
-from components.training.actions import Actions
+from components.training.actions import find_actions
 from components.training.algorithms.actor_critic import TD3Learner
 from components.training.algorithms.build import build_learner, build_network
 from components.training.algorithms.learner import Batch
@@ -52,7 +52,6 @@ from contracts.job import (
     SlateQ,
 )
 from contracts.stage import StageError, code_version
-from contracts.transitions import ACTION_PREFIX
 
 LOOK_STEPS, LOOK_ROWS = 50, 102_400
 """A look at how it goes comes after so many steps and rows, whichever is later: it costs as much as to learn from five
@@ -87,27 +86,6 @@ def valued_by(spec: JobSpec) -> dict[str, Any]:
         "reward_scale": spec.training.reward_scale,
         **({"slate_choice": spec.slate.choice} if spec.slate else {}),
     }
-
-
-def find_actions(data: Transitions, spec: JobSpec, normalization_dir: Path, warn: Callable[[str], None]) -> Actions:
-    """What there is to choose among; raises `StageError` where bounds are missing or not those of the log's numbers."""
-    if spec.action_space == "discrete":
-        return Actions(list(spec.actions))
-    if spec.action_space in ("parametric", "slate"):
-        described = NormalizationSpec.read(normalization_dir / SPECS[ACTION_PREFIX])
-        return Actions([], described=described, slate=spec.slate.size if spec.slate else None)
-    if unknown := set(spec.action_bounds) - set(data.actions):
-        raise StageError(f"actionBounds.{min(unknown)}: the log's actions have {', '.join(data.actions)}")
-    bounds = []
-    for i, name in enumerate(data.actions):
-        given = spec.action_bounds.get(name)
-        low, high = (given.low, given.high) if given else (float(v(data.action[:, i])) for v in (np.min, np.max))
-        if low == high:
-            raise StageError(f"action: {name} is {low:g} in all decisions: set actionBounds.{name}, or leave it out")
-        if outside := int(((data.action[:, i] < low) | (data.action[:, i] > high)).sum()):
-            warn(f"actionBounds.{name}: {outside:,} logged values lie outside, and are not learned from")
-        bounds.append((low, high))
-    return Actions(data.actions, bounds)
 
 
 def check_converges(score: float, spread: float, losses: list[float], most: float, step: int, advice: str) -> None:
@@ -298,11 +276,8 @@ def run_worker(
             given = network, trainer.optimizer, normalization, actions, algorithm, valued_by(spec)
             started_from = start_from(warm_start, *given)
             learner.catch_up()
-        except IncompatibleError as error:
-            raise StageError(
-                f"no warm start: {error}. Keep what the policy had, or run the job once without a warm start, so that "
-                "later runs begin with what it learns"
-            ) from None
+        except IncompatibleError:
+            raise
         except StageError as error:
             warn(f"no warm start, training begins anew: {error}")
     elif warm_start:

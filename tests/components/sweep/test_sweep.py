@@ -11,10 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.columns import load_transitions, open_columns
+from components.normalization.spec import NormalizationSpec
 from components.sweep import sweep as module
 from components.sweep.sweep import search, sweep_and_train, training_mdps
+from components.training.actions import Actions
+from components.training.algorithms.build import build_network
+from components.training.bundle import write_bundle
 from components.transitions import held_out
-from contracts.job import JobSpec
+from contracts.job import JobSpec, PolicyHead
 from contracts.stage import StageError, TransientError, read_record, stage
 
 MDPS = 400
@@ -183,6 +187,17 @@ def test_trials_begin_where_the_job_does(stages: Path, tmp_path: Path, judged: l
         search(*given, str(tmp_path / name))
     search(*given, str(tmp_path / "gone"))
     assert [Path(each["warm_start"]).name for each in judged] == ["first"] * 2 + ["second"] * 2 + ["gone"] * 2
+
+
+def test_a_policy_of_other_actions_ends_a_sweep_before_its_first_trial(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    states, others = NormalizationSpec.read(stages / "normalization" / "spec.json"), Actions(["up", "down"])
+    network = build_network(SPEC.algorithm, states, others)
+    write_bundle(tmp_path / "policy", network, SPEC.algorithm, states, others, PolicyHead(), {})
+    with pytest.raises(StageError, match=r"no warm start: .*actions are up, down, this job's are left, right"):
+        search(SPEC, stages / "features", stages / "normalization", tmp_path / "work", str(tmp_path / "policy"))
+    assert not judged
 
 
 def test_a_trial_that_few_mdps_could_judge_is_none(
