@@ -119,9 +119,9 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
 def _losses(losses: list[dict[str, float]]) -> str:
     figure = Figure(figsize=(13, 2.7), layout="constrained")
     titles = {"td_loss": "Temporal-difference loss", "mc_loss": "Monte-Carlo loss", "q_mean": "Mean Q-value"}
-    # A clone's scores are no returns, and have no such loss.
+    # A clone's scores are no returns.
     if not any("mc_loss" in p for p in losses):
-        del titles["mc_loss"]
+        titles = {"td_loss": "Negative log-likelihood", "q_mean": "Mean score of logged actions"}
     axes = figure.subplots(1, len(titles))
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.plot([p["step"] for p in losses], [p.get(name, math.nan) for p in losses], color=COLOURS[0], linewidth=1.2)
