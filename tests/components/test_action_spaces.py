@@ -26,13 +26,12 @@ from components.export.onnx_policy import served
 from components.export.policy import export_policy
 from components.export.repository import MODEL, read_policies
 from components.normalization.spec import FeatureNormalization, NormalizationSpec
-from components.training.actions import Actions
+from components.training.actions import Actions, find_actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import Bundle, read_bundle
 from components.training.fits import check_fits
 from components.training.store import build_store
 from components.training.warm_start import start_from
-from components.training.worker import find_actions
 from components.transitions import Lists, Transitions
 from components.understanding.understand import understand
 from contracts.job import Algorithm, JobSpec, PolicyHead
@@ -41,7 +40,6 @@ from contracts.stage import StageError, read_record, stage
 ROOT = Path(__file__).parents[2]
 STEPS, MDPS = 3, 900
 N = STEPS * MDPS
-RNG = np.random.default_rng(0)
 COMMON: dict[str, Any] = {
     "seed": 1,
     "reward": {"metricWeights": {"earned": 1.0}, "discount": 0.9},
@@ -150,7 +148,8 @@ def session(root: Path) -> onnxruntime.InferenceSession:
 @pytest.fixture(scope="module")
 def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A price is best at 2 + demand; nothing that is done changes the demand to come."""
-    root, demand, price = tmp_path_factory.mktemp("prices"), RNG.uniform(-1, 1, N), RNG.uniform(0, 4, N)
+    root, rng = tmp_path_factory.mktemp("prices"), np.random.default_rng(0)
+    demand, price = rng.uniform(-1, 1, N), rng.uniform(0, 4, N)
     columns = {
         "action_feature_price": price,
         "action": pa.array([[("price", p)] for p in price.tolist()], pa.map_(pa.string(), pa.float64())),
@@ -211,9 +210,10 @@ def test_numbers_outside_of_the_bounds_are_not_learned_from(prices: Path) -> Non
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two to six items one is shown; it earns as far as its topic meets the taste, and more where it is good."""
-    root, taste = tmp_path_factory.mktemp("shelf"), RNG.uniform(-1, 1, N)
-    offered = [RNG.uniform(-1, 1, (int(size), 2)).round(1) for size in RNG.integers(2, 7, N)]
-    shown = np.array([RNG.integers(len(items)) for items in offered])
+    root, rng = tmp_path_factory.mktemp("shelf"), np.random.default_rng(1)
+    taste = rng.uniform(-1, 1, N)
+    offered = [rng.uniform(-1, 1, (int(size), 2)).round(1) for size in rng.integers(2, 7, N)]
+    shown = np.array([rng.integers(len(items)) for items in offered])
     chosen = np.stack([items[i] for items, i in zip(offered, shown, strict=True)])
     as_map = pa.map_(pa.string(), pa.float64())
     columns = {
