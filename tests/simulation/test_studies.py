@@ -34,6 +34,7 @@ def test_every_study_has_a_baseline_in_every_column() -> None:
     online = STUDIES["online"]
     assert not online.fits("Pendulum-v1", "double DQN")
     assert not online.fits("CartPole-v1", "SAC")
+    assert online.fits("LunarLander-v3", "double DQN")
     assert not online.fits("LunarLander-v3", "QR-DQN")
 
 
