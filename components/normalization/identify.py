@@ -27,7 +27,7 @@ SELDOM = 0.001
 SAMPLE_VALUES = 20_000_000
 """Most values of a sample, over all features: it is held in memory."""
 TOGETHER = 16
-"""Columns that one aggregate summarizes: of more, Spark makes code that the JVM does not compile."""
+"""Columns that one aggregate summarizes: of many more, Spark makes code that the JVM does not compile."""
 HASHES = 10**15
 """Fine enough for a sample of thousands in billions of rows."""
 LARGEST = 3e38
@@ -37,8 +37,8 @@ LARGEST = 3e38
 def identify_features(spec: JobSpec, features: str | Path, output: str | Path) -> None:
     """Write `spec.json` and, where actions have features, `action_spec.json`: each a `NormalizationSpec`.
 
-    Spark reads each column twice, whatever their number: a sample for distributions and tests of normality, and all
-    rows for counts and ends; and once more the columns of few integers of which the sample has missed some. An action's
+    Spark reads every column twice: a sample for distributions and tests of normality, and all rows, some columns at a
+    time, for counts and ends; and once more those of few integers of which the sample has missed some. An action's
     feature is called `action_feature_<name>` where both kinds are spoken of. Raises `StageError` when no feature of the
     state, or of described actions, is left to learn from.
     """
@@ -115,7 +115,6 @@ def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
 def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many have other values."""
     result: dict[str, dict[str, Any]] = {}
-    seldom = []
     for start in range(0, len(columns), TOGETHER):
         report(1 + start / len(columns), 3, "all rows")
         group = columns[start : start + TOGETHER]
@@ -125,15 +124,16 @@ def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -
             other = ~value.cast("float").isin(few[column].tolist()) if column in few else F.lit(False)
             parts += [F.count(value), F.min(value), F.max(value), F.count_if(other)]
         rows, *found = data.agg(*parts).collect()[0]
+        seldom: list[str] = []
         for i, column in enumerate(group):
             count, low, high, others = found[4 * i : 4 * i + 4]
             result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
             seldom += [column] if others else []
-    # Values that the sample missed are few, if there are any: only then are they counted.
-    if seldom:
-        distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
-        for column, n in zip(seldom, distinct, strict=True):
-            result[column]["distinct"] = max(n, few[column].size + 1)
+        # Values that the sample missed are few, if there are any: only then are they counted.
+        if seldom:
+            distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
+            for column, n in zip(seldom, distinct, strict=True):
+                result[column]["distinct"] = max(n, few[column].size + 1)
     return result
 
 

@@ -48,7 +48,7 @@ def sweep_and_train(
 
     Each trial trains on a part of the training MDPs and is judged on the rest of them, so that the MDPs that evaluation
     holds out decide nothing here. Trials that are finished are not repeated after a kill. Raises `StageError` when no
-    trial could be judged.
+    trial could be judged, and before the first where `warm_start` is a policy of other actions or features.
     """
     output = Path(output)
     work = output.with_name(f"{output.name}.sweep")
@@ -86,10 +86,10 @@ def search(
         (work / "identity").write_text(mine)
     data, _ = open_columns(work / "columns")
     check_explores(data)
+    # Each trial would be refused for what follows, for no setting changes it.
+    actions = find_actions(data, spec, normalization, warn=lambda _: None)
     if warm_start and not isinstance(spec.algorithm.config, LinearBandit):
-        # Each trial would be refused, for no setting changes it.
-        states = NormalizationSpec.read(normalization / SPECS[STATE_PREFIX])
-        check_compatible(warm_start, states, find_actions(data, spec, normalization, warn=lambda _: None))
+        check_compatible(warm_start, NormalizationSpec.read(normalization / SPECS[STATE_PREFIX]), actions)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     parameters = spec.sweep.parameters
     own = {path: value for path in parameters if (value := _of(spec, path)) is not None}

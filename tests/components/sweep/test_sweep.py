@@ -18,7 +18,7 @@ from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import write_bundle
 from components.transitions import held_out
-from contracts.job import JobSpec, PolicyHead
+from contracts.job import Algorithm, JobSpec, PolicyHead
 from contracts.stage import StageError, TransientError, read_record, stage
 
 MDPS = 400
@@ -198,6 +198,31 @@ def test_a_policy_of_other_actions_ends_a_sweep_before_its_first_trial(
     with pytest.raises(StageError, match=r"no warm start: .*actions are up, down, this job's are left, right"):
         search(SPEC, stages / "features", stages / "normalization", tmp_path / "work", str(tmp_path / "policy"))
     assert not judged
+
+
+def test_a_policy_of_other_layers_ends_no_sweep(stages: Path, tmp_path: Path, judged: list[dict[str, Any]]) -> None:
+    """Training begins anew with it, and says so."""
+    states = NormalizationSpec.read(stages / "normalization" / "spec.json")
+    wider, same = Algorithm.model_validate({"dqn": {"hiddenLayers": [32]}}), Actions(list(SPEC.actions))
+    write_bundle(tmp_path / "policy", build_network(wider, states, same), wider, states, same, PolicyHead(), {})
+    spec = ranged(2, low=1e-3)
+    search(spec, stages / "features", stages / "normalization", tmp_path / "work", str(tmp_path / "policy"))
+    assert len(judged) == 2
+
+
+def test_a_bandit_that_begins_anew_each_time_is_told_of_no_policy_of_other_actions(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    states, others = NormalizationSpec.read(stages / "normalization" / "spec.json"), Actions(["up", "down"])
+    policy = tmp_path / "policy"
+    write_bundle(
+        policy, build_network(SPEC.algorithm, states, others), SPEC.algorithm, states, others, PolicyHead(), {}
+    )
+    parameters = {"algorithm.linUcb.alpha": {"low": 0.1, "high": 2.0}}
+    spec = JobSpec.model_validate(JOB | {"algorithm": {"linUcb": {}}, "sweep": {"trials": 2, "parameters": parameters}})
+    with pytest.raises(StageError, match="no trial of 2 could be judged; the last: training diverges"):
+        search(spec, stages / "features", stages / "normalization", tmp_path / "work", str(policy))
+    assert len(judged) == 2
 
 
 def test_a_trial_that_few_mdps_could_judge_is_none(
