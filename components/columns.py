@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from components.transitions import Lists, Transitions, check_held_out
-from contracts.job import JobSpec, Slate
+from contracts.job import Bounds, JobSpec, Slate
 from contracts.progress import report
 from contracts.stage import StageError, digest_files, read_record
 from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
@@ -94,6 +94,17 @@ def open_columns(directory: Path) -> tuple[Transitions, str]:
     if names is not None:
         arrays["possible"] = Lists(names, *(arrays.pop(name) for name in LISTS))
     return Transitions(**description, **{"possible": None, **arrays}, mdp_ids=[]), digest
+
+
+def action_bounds(features: Path) -> dict[str, Bounds]:
+    """Between which each number of continuous actions lies in the training data; none for one that never changes."""
+    numbers = _Numbers(read_record(features)["action_features"])
+    data = ds.dataset(features / "training", format="parquet")
+    batches = (numbers.read(batch)["action"] for _, batch in _batches(data, numbers.columns) if len(batch))
+    extremes = np.array([(action.min(0), action.max(0)) for action in batches])
+    lows, highs = extremes[:, 0].min(0).tolist(), extremes[:, 1].max(0).tolist()
+    known = zip(numbers.names, lows, highs, strict=True)
+    return {name: Bounds(low=low, high=high) for name, low, high in known if low < high}
 
 
 def _read(features: Path, spec: JobSpec, make: Make, choose: Choose | None, say: bool = False) -> Transitions:

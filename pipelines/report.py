@@ -15,7 +15,15 @@ from matplotlib.ticker import MaxNLocator
 from components.normalization.spec import NormalizationSpec
 from components.page import number, svg
 from components.understanding.page import figure, read_understanding
-from contracts.job import ESTIMATORS, REWARD, BehaviourCloning, RLTrainingJob
+from contracts.job import (
+    ESTIMATORS,
+    REWARD,
+    Algorithm,
+    BehaviourCloning,
+    LinearBandit,
+    LogisticBandit,
+    RLTrainingJob,
+)
 
 TITLES = {
     "stepwise_importance_sampling": "Step-wise importance sampling",
@@ -55,7 +63,7 @@ def write_report(job: RLTrainingJob, result: dict[str, Any], directory: Path) ->
         metrics_figure=_all_metrics(evaluation, metrics),
         understanding=understanding,
         understanding_figure=figure(understanding),
-        losses_figure=_losses(losses, isinstance(job.spec.algorithm.config, BehaviourCloning)),
+        losses_figure=_losses(losses, job.spec.algorithm),
         features=spec.features,
         dropped=spec.dropped,
         missing=features["missing_fraction"],
@@ -116,13 +124,19 @@ def _over_epochs(axis: Axes, evaluation: dict[str, Any], estimator: str, metric:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _losses(losses: list[dict[str, float]], of_clone: bool) -> str:
+def _losses(losses: list[dict[str, float]], algorithm: Algorithm) -> str:
     figure = Figure(figsize=(13, 2.7), layout="constrained")
-    titles = {"td_loss": "Temporal-difference loss", "mc_loss": "Monte-Carlo loss", "q_mean": "Mean Q-value"}
-    if of_clone:  # its scores are no returns
-        titles = {"td_loss": "Negative log-likelihood", "q_mean": "Mean score of logged actions"}
-    elif not any("mc_loss" in p for p in losses):
-        del titles["mc_loss"]  # no return is known of what it is held against
+    match algorithm.config:
+        case BehaviourCloning():
+            titles = {"td_loss": "Negative log-likelihood", "q_mean": "Mean score of logged actions"}
+        case LinearBandit():
+            titles = {"td_loss": "Squared error of the expected reward", "q_mean": "Mean expected reward"}
+        case LogisticBandit():
+            titles = {"td_loss": "Cross-entropy of the reward", "q_mean": "Mean expected reward"}
+        case _:
+            titles = {"td_loss": "Temporal-difference loss", "mc_loss": "Monte-Carlo loss", "q_mean": "Mean Q-value"}
+            if not any("mc_loss" in p for p in losses):
+                del titles["mc_loss"]  # no return is known of what it is held against
     axes = figure.subplots(1, len(titles))
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.plot([p["step"] for p in losses], [p.get(name, math.nan) for p in losses], color=COLOURS[0], linewidth=1.2)

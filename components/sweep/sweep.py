@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
-from components.columns import check_split, open_columns, write_columns
+from components.columns import action_bounds, check_split, open_columns, write_columns
 from components.evaluation.evaluate import FEWEST_MDPS, evaluate
 from components.normalization.spec import SPECS, NormalizationSpec
 from components.sweep.page import best_of, write_page
@@ -74,7 +74,8 @@ def search(
     The first trial is the job's own settings; then Optuna's Tree-structured Parzen Estimator (Bergstra et al. 2011)
     proposes. Best is the highest lower bound of the gate's estimate.
     """
-    assert spec.sweep
+    sweep = spec.sweep
+    assert sweep
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mine = _identity(spec, features, normalization, warm_start)
     if not (work / "identity").is_file() or (work / "identity").read_text() != mine:
@@ -86,20 +87,23 @@ def search(
         (work / "identity").write_text(mine)
     data, _ = open_columns(work / "columns")
     check_explores(data)
+    if spec.action_space == "continuous":
+        # A trial's part of the MDPs may reach less far than all that the policy is trained on.
+        spec = spec.model_copy(update={"action_bounds": action_bounds(work / "features") | spec.action_bounds})
     # Each trial would be refused for what follows, for no setting changes it.
     actions = find_actions(data, spec, normalization, warn=lambda _: None)
     if warm_start and not isinstance(spec.algorithm.config, LinearBandit):
         check_compatible(warm_start, NormalizationSpec.read(normalization / SPECS[STATE_PREFIX]), actions)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
-    parameters = spec.sweep.parameters
+    parameters = sweep.parameters
     own = {path: value for path in parameters if (value := _of(spec, path)) is not None}
     tried: list[dict[str, Any]] = []
-    for number in range(spec.sweep.trials):
+    for number in range(sweep.trials):
         trial = None if number == 0 else study.ask()
         settings = own
         if trial:
             settings = {path: _suggest(trial, path, p, own.get(path)) for path, p in parameters.items()}
-        progress.report(number, spec.sweep.trials, f"trial {number + 1}: {_in_words(settings)}")
+        progress.report(number, sweep.trials, f"trial {number + 1}: {_in_words(settings)}")
         found = try_settings(spec, settings, number, normalization, work, warm_start)
         tried.append(found)
         if trial and found["failed"]:
@@ -110,7 +114,7 @@ def search(
     if not judged:
         raise StageError(f"sweep: no trial of {len(tried)} could be judged; the last: {tried[-1]['failed']}")
     best = best_of(judged)
-    progress.report(spec.sweep.trials, spec.sweep.trials, f"best: {_in_words(best['settings'])}")
+    progress.report(sweep.trials, sweep.trials, f"best: {_in_words(best['settings'])}")
     return spec.with_settings(best["settings"]), tried
 
 

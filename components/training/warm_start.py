@@ -24,10 +24,10 @@ from contracts.transitions import ACTION_PREFIX, STATE_PREFIX
 class IncompatibleError(StageError):
     """Features or actions are no longer those of the policy."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, remedy: str = "Keep what the policy had") -> None:
         super().__init__(
-            f"no warm start: {why}. Keep what the policy had, or run the job once without a warm start, so that later "
-            "runs begin with what it learns"
+            f"no warm start: {why}. {remedy}, or run the job once without a warm start, so that later runs begin with "
+            "what it learns"
         )
 
 
@@ -101,8 +101,8 @@ def _places(bundle: Bundle, normalization: NormalizationSpec, actions: Actions, 
         raise IncompatibleError(f"{directory}: its actions are {theirs}, this job's are {ours}")
     if bundle.actions.bounds != actions.bounds:
         raise IncompatibleError(
-            f"{directory}: its actions have other bounds, {bundle.actions.bounds}; set actionBounds, so that they do "
-            "not change with the log"
+            f"{directory}: its actions have the bounds {bundle.actions.bounds}, this job's {actions.bounds}",
+            "Set actionBounds, so that they do not change with the log, to what the policy had",
         )
     places = _columns(bundle.normalization, normalization, STATE_PREFIX, directory)
     of_state = NormalizationGraph(normalization).outputs

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components import columns
-from components.columns import check_split, load_transitions, open_columns, write_columns
+from components.columns import action_bounds, check_split, load_transitions, open_columns, write_columns
 from components.transitions import Lists, Transitions, held_out
 from contracts.job import JobSpec
 from contracts.stage import StageError, digest_files, stage
@@ -101,6 +102,25 @@ def test_what_is_mapped_is_what_would_be_read(tmp_path: Path, features: Path, sp
         np.testing.assert_array_equal(arrays(mapped)[name], array, err_msg=name)
         assert arrays(mapped)[name].dtype == array.dtype
     assert isinstance(mapped.state, np.memmap)
+
+
+@pytest.mark.parametrize("spec", ["continuous"], indirect=True)
+def test_numbers_lie_between_the_extremes_of_all_rows(features: Path, spec: JobSpec) -> None:
+    found = {name: (bounds.low, bounds.high) for name, bounds in action_bounds(features).items()}
+    actions = load_transitions(features, spec).action
+    assert found == dict(zip(["price", "size"], zip(actions.min(0), actions.max(0), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("spec", ["continuous"], indirect=True)
+def test_a_number_that_never_changes_lies_between_nothing(tmp_path: Path, features: Path, spec: JobSpec) -> None:
+    table = pq.read_table(features / "training")
+    at = table.schema.get_field_index("action_feature_size")
+    shutil.rmtree(features / "training")
+    (features / "training").mkdir()
+    pq.write_table(
+        table.set_column(at, "action_feature_size", pa.array(np.ones(N))), features / "training" / "part.parquet"
+    )
+    assert action_bounds(features).keys() == {"price"}
 
 
 def test_no_mdp_that_is_held_out_is_laid_out(tmp_path: Path, features: Path, spec: JobSpec) -> None:

@@ -18,7 +18,7 @@ from components.training.actions import Actions
 from components.training.algorithms.build import build_network
 from components.training.bundle import write_bundle
 from components.transitions import held_out
-from contracts.job import Algorithm, JobSpec, PolicyHead
+from contracts.job import Algorithm, Bounds, JobSpec, PolicyHead
 from contracts.stage import StageError, TransientError, read_record, stage
 
 MDPS = 400
@@ -115,7 +115,12 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ) -> None:
         to_learn_from, _ = load_transitions(features, spec).split(spec)
         np.testing.assert_array_equal(open_columns(laid_out)[0].state, to_learn_from.state)
-        asked.append({"rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs, "warm_start": warm_start})
+        asked.append(
+            {
+                "rate": spec.algorithm.learning_rate, "epochs": spec.training.epochs, "warm_start": warm_start,
+                "bounds": spec.action_bounds,
+            }
+        )  # fmt: skip
         if spec.algorithm.learning_rate < 1e-4:
             raise StageError("training diverges")
 
@@ -208,6 +213,35 @@ def test_a_policy_of_other_layers_ends_no_sweep(stages: Path, tmp_path: Path, ju
     spec = ranged(2, low=1e-3)
     search(spec, stages / "features", stages / "normalization", tmp_path / "work", str(tmp_path / "policy"))
     assert len(judged) == 2
+
+
+def test_numbers_have_one_range_for_all_trials_and_the_policy(
+    stages: Path, tmp_path: Path, judged: list[dict[str, Any]]
+) -> None:
+    """Of the training MDPs, those too that a trial has not seen; or the policy before would fit one, not the other."""
+    parameters = {"algorithm.iql.learningRate": {"low": 1e-3, "high": 1.0, "log": True}}
+    changes = {"actions": [], "actionSpace": "continuous", "algorithm": {"iql": {}}, "sweep": {"trials": 2}}
+    changes["sweep"]["parameters"] = parameters
+    spec = JobSpec.model_validate(JOB | changes)
+    rows = pq.read_table(stages / "features" / "training")
+    ids = rows["mdp_id"].to_pylist()
+    of_gate, of_trials = (held_out(ids, spec.model_copy(update={"seed": spec.seed + by})) for by in (0, 1))
+    price = np.linspace(0, 1, len(ids))
+    price[np.flatnonzero(of_gate)[0]], price[np.flatnonzero(of_trials & ~of_gate)[0]] = -50, 50
+    with stage("features", tmp_path / "features") as (directory, facts):
+        (directory / "training").mkdir()
+        numbers = rows.append_column("action_feature_price", pa.array(price))
+        pq.write_table(numbers, directory / "training" / "part.parquet")
+        facts |= {"features": ["x"], "action_features": ["price"]}
+    low = float(np.float32(price[~of_gate].min()))
+    states, actions = NormalizationSpec.read(stages / "normalization" / "spec.json"), Actions(["price"], [(low, 50.0)])
+    network = build_network(spec.algorithm, states, actions)
+    write_bundle(tmp_path / "policy", network, spec.algorithm, states, actions, PolicyHead(), {})
+    chosen, _ = search(
+        spec, tmp_path / "features", stages / "normalization", tmp_path / "work", str(tmp_path / "policy")
+    )
+    assert [each["bounds"] for each in judged] == [{"price": Bounds(low=low, high=50.0)}] * 2
+    assert chosen.action_bounds == judged[0]["bounds"]
 
 
 def test_a_bandit_that_begins_anew_each_time_is_told_of_no_policy_of_other_actions(

@@ -16,7 +16,7 @@ from components.training.algorithms.learner import Batch
 from components.training.bundle import read_bundle, write_bundle
 from components.training.network import Normalized
 from components.training.trainer import Trainer
-from components.training.warm_start import IncompatibleError, start_from
+from components.training.warm_start import IncompatibleError, check_compatible, start_from
 from contracts.job import Algorithm, PolicyHead
 from contracts.stage import StageError
 
@@ -145,6 +145,15 @@ def test_slates_of_another_size_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(build_learner(made, network), 0.01)
     with pytest.raises(StageError, match="its actions are slates of 2, this job's are slates of 5"):
         start_from(str(tmp_path / "bundle"), network, trainer.optimizer, BEFORE, of[5], made, {})
+
+
+def test_numbers_with_other_bounds_are_refused(tmp_path: Path) -> None:
+    made = Algorithm.model_validate({"iql": {"hiddenLayers": [8]}})
+    before, now = (Actions(["price"], bounds=[(0.0, high)]) for high in (1.0, 2.0))
+    network = build_network(made, BEFORE, before)
+    write_bundle(tmp_path / "bundle", network, made, BEFORE, before, PolicyHead(), {})
+    with pytest.raises(IncompatibleError, match=r"bounds \[\(0.0, 1.0\)\], .*\[\(0.0, 2.0\)\]. Set actionBounds"):
+        check_compatible(str(tmp_path / "bundle"), BEFORE, now)
 
 
 @pytest.mark.parametrize(
