@@ -97,13 +97,15 @@ def open_columns(directory: Path) -> tuple[Transitions, str]:
 
 
 def action_bounds(features: Path) -> dict[str, Bounds]:
-    """Between which each number of continuous actions lies in the training data; none for one that never changes."""
+    """Between which each number of continuous actions lies in the training data; none for one that never changes.
+
+    Raises `StageError` where a decision lacks a number.
+    """
     numbers = _Numbers(read_record(features)["action_features"])
-    data = ds.dataset(features / "training", format="parquet")
-    batches = (numbers.read(batch)["action"] for _, batch in _batches(data, numbers.columns) if len(batch))
-    extremes = np.array([(action.min(0), action.max(0)) for action in batches])
-    lows, highs = extremes[:, 0].min(0).tolist(), extremes[:, 1].max(0).tolist()
-    known = zip(numbers.names, lows, highs, strict=True)
+    table = ds.dataset(features / "training", format="parquet").to_table(numbers.columns)
+    action = numbers.read(table)["action"]
+    numbers.finish(action)
+    known = zip(numbers.names, action.min(0).tolist(), action.max(0).tolist(), strict=True)
     return {name: Bounds(low=low, high=high) for name, low, high in known if low < high}
 
 
@@ -199,7 +201,7 @@ class _Numbers:
         self.columns = [ACTION_PREFIX + name for name in names]
         self.rows, self.missing = 0, np.zeros(len(names), np.int64)
 
-    def read(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    def read(self, batch: pa.RecordBatch | pa.Table) -> dict[str, np.ndarray]:
         action = np.stack([_floats(batch[column]) for column in self.columns], 1).astype(np.float32)
         self.rows += len(action)
         self.missing += np.isnan(action).sum(0)
@@ -291,7 +293,7 @@ def _batches(data: ds.Dataset, columns: list[str]) -> Iterator[tuple[slice, pa.R
         start += len(batch)
 
 
-def _floats(column: pa.Array) -> np.ndarray:
+def _floats(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """float64, null as NaN."""
     values: np.ndarray = column.cast(pa.float64()).fill_null(float("nan")).to_numpy()
     return values

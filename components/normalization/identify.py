@@ -115,6 +115,7 @@ def countable(sample: np.ndarray, limits: Normalization) -> np.ndarray | None:
 def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Of all rows: how many have a feature and how many miss it, its ends; of `few` how many have other values."""
     result: dict[str, dict[str, Any]] = {}
+    seldom: list[str] = []
     for start in range(0, len(columns), TOGETHER):
         report(1 + start / len(columns), 3, "all rows")
         group = columns[start : start + TOGETHER]
@@ -124,16 +125,16 @@ def summarize(data: DataFrame, columns: list[str], few: dict[str, np.ndarray]) -
             other = ~value.cast("float").isin(few[column].tolist()) if column in few else F.lit(False)
             parts += [F.count(value), F.min(value), F.max(value), F.count_if(other)]
         rows, *found = data.agg(*parts).collect()[0]
-        seldom: list[str] = []
         for i, column in enumerate(group):
             count, low, high, others = found[4 * i : 4 * i + 4]
             result[column] = {"count": count, "missing": rows - count, "minimum": low, "maximum": high}
             seldom += [column] if others else []
-        # Values that the sample missed are few, if there are any: only then are they counted.
-        if seldom:
-            distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in seldom]).collect()[0]
-            for column, n in zip(seldom, distinct, strict=True):
-                result[column]["distinct"] = max(n, few[column].size + 1)
+    # Values that the sample missed are few, if there are any: only then are they counted.
+    for start in range(0, len(seldom), TOGETHER):
+        group = seldom[start : start + TOGETHER]
+        distinct = data.agg(*[F.approx_count_distinct(F.col(f"`{c}`"), 0.01) for c in group]).collect()[0]
+        for column, n in zip(group, distinct, strict=True):
+            result[column]["distinct"] = max(n, few[column].size + 1)
     return result
 
 

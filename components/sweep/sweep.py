@@ -48,7 +48,7 @@ def sweep_and_train(
 
     Each trial trains on a part of the training MDPs and is judged on the rest of them, so that the MDPs that evaluation
     holds out decide nothing here. Trials that are finished are not repeated after a kill. Raises `StageError` when no
-    trial could be judged, and before the first where `warm_start` is a policy of other actions or features.
+    trial could be judged, and before the first where each would be refused: for its numbers or its `warm_start`.
     """
     output = Path(output)
     work = output.with_name(f"{output.name}.sweep")

@@ -100,8 +100,9 @@ def _places(bundle: Bundle, normalization: NormalizationSpec, actions: Actions, 
         theirs, ours = (f"slates of {n}" if n else "single items" for n in (bundle.actions.slate, actions.slate))
         raise IncompatibleError(f"{directory}: its actions are {theirs}, this job's are {ours}")
     if bundle.actions.bounds != actions.bounds:
+        was, now = (dict(zip(each.names, each.bounds or (), strict=False)) for each in (bundle.actions, actions))
         raise IncompatibleError(
-            f"{directory}: its actions have the bounds {bundle.actions.bounds}, this job's {actions.bounds}",
+            f"{directory}: its actions have the bounds {was}, this job's {now}",
             "Set actionBounds, so that they do not change with the log, to what the policy had",
         )
     places = _columns(bundle.normalization, normalization, STATE_PREFIX, directory)

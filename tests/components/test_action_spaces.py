@@ -124,7 +124,8 @@ def start(root: Path, spec: JobSpec, directory: Path, workers: int = 1) -> list[
     (directory / "job.json").write_text(spec.model_dump_json(by_alias=True))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(workers)}
+        port = free.getsockname()[1] if workers > 1 else 0
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
     command = [
         sys.executable, "-m", "components.training.worker", "--job", directory / "job.json",
         "--columns", root / "columns", "--normalization", root / "normalization", "--output", directory,

@@ -123,6 +123,16 @@ def test_a_number_that_never_changes_lies_between_nothing(tmp_path: Path, featur
     assert action_bounds(features).keys() == {"price"}
 
 
+@pytest.mark.parametrize("spec", ["continuous"], indirect=True)
+def test_of_numbers_that_are_missing_nothing_is_told(features: Path, spec: JobSpec) -> None:
+    part = features / "training" / "part-1.parquet"
+    row = pq.read_table(part)
+    at = row.schema.get_field_index("action_feature_size")
+    pq.write_table(row.set_column(at, "action_feature_size", pa.nulls(1, pa.float64())), part)
+    with pytest.raises(StageError, match=f"size is missing in 1 of {N} decisions"):
+        action_bounds(features)
+
+
 def test_no_mdp_that_is_held_out_is_laid_out(tmp_path: Path, features: Path, spec: JobSpec) -> None:
     write_columns(features, spec, tmp_path / "columns")
     mapped, _ = open_columns(tmp_path / "columns")

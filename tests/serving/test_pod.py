@@ -58,7 +58,7 @@ class Traffic(threading.Thread):
         self.ending = threading.Event()
 
     def run(self) -> None:
-        with PolicyClient(self.address) as client:
+        with PolicyClient(self.address, timeout_seconds=30) as client:
             number = 0
             while not self.ending.is_set():
                 number += 1
@@ -67,14 +67,14 @@ class Traffic(threading.Thread):
                 except ServiceError as error:
                     self.failures.append(str(error))
 
-    def wait_for(self, what, seconds: float = 20.0) -> None:
+    def wait_for(self, what, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not what(self.answers[-1]):
             assert time.monotonic() < deadline, self.answers[-1]
             time.sleep(0.05)
 
 
-def wait_until(what, seconds: float = 30.0) -> None:
+def wait_until(what, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
@@ -123,7 +123,10 @@ class Pod:
 
     def loaded(self, rollout: str) -> float | None:
         """What Prometheus is told of the rollout's candidate."""
-        lines = get(self.metrics, "/metrics").splitlines()
+        try:
+            lines = get(self.metrics, "/metrics").splitlines()
+        except OSError:
+            return None
         series = (line for line in lines if line.startswith("bluewhale_candidate_loaded{") and f'"{rollout}"' in line)
         return next((float(line.split()[-1]) for line in series), None)
 
@@ -184,7 +187,8 @@ def test_a_pod_follows_its_state_without_a_failed_request(tmp_path):
         code = pod.end()
     assert (traffic.failures, code) == ([], 0), pod.output
     logged = [json.loads(line) for line in (tmp_path / "log" / "decisions-pod-0.jsonl").read_text().splitlines()]
-    assert len(logged) == len(traffic.answers)
+    # Some are logged twice: a call that its connection's end overtakes is sent again.
+    assert {row["mdp_id"] for row in logged} == {f"m{i + 1}" for i in range(len(traffic.answers))}
     assert {row["rollout"] for row in logged if row["arm"] == "candidate"} == {"r1"}
     assert logged[0]["rollout"] is None
 

@@ -40,7 +40,7 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoints(directory):
-    canary = Canary.model_validate({"deadlineMs": 2000.0})
+    canary = Canary.model_validate({"deadlineMs": 30_000.0})
     with serve(directory / "run", directory / "stable", directory / "candidate", canary, "salt") as endpoints:
         yield endpoints
     assert not (directory / "run" / ENDPOINTS).exists()
@@ -51,7 +51,7 @@ def endpoints(directory):
 
 @pytest.fixture
 def client(endpoints):
-    with PolicyClient(endpoints.grpc) as client:
+    with PolicyClient(endpoints.grpc, timeout_seconds=60) as client:
         yield client
 
 

@@ -94,12 +94,13 @@ def finished(output: Path) -> int:
 
 
 def wait_until(done: Callable[[], bool], *agents: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         if done():
             return
         assert all(agent.poll() is None for agent in agents), "an agent ended too early"
         time.sleep(0.05)
-    raise AssertionError("nothing came of it in a minute")
+    raise AssertionError("nothing came of it in five minutes")
 
 
 def test_one_of_two_dies_in_mid_epoch_and_another_takes_its_place(place: Path, start: Start, tmp_path: Path) -> None:
@@ -115,8 +116,8 @@ def test_one_of_two_dies_in_mid_epoch_and_another_takes_its_place(place: Path, s
     third = start(output, "1:2")
     wait_until(lambda: any(c.status == "ESTABLISHED" for c in psutil.Process(third.pid).net_connections()), first)
     alone.resume()
-    assert first.wait(120) == 0
-    assert third.wait(60) == 0
+    assert first.wait(300) == 0
+    assert third.wait(120) == 0
     workers = [
         json.loads((output / "epochs" / f"{epoch:03}" / "bundle.json").read_text())["provenance"]["workers"]
         for epoch in (left, left + 2, EPOCHS)

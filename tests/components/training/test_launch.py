@@ -206,7 +206,7 @@ def test_workers_that_cannot_be_followed_are_ended() -> None:
 
 
 def wait_for_a_checkpoint(output: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list((output / CHECKPOINTS).glob("[0-9]*")):
         assert time.monotonic() < deadline, "no checkpoint is written"
         time.sleep(0.01)

@@ -152,7 +152,7 @@ def test_numbers_with_other_bounds_are_refused(tmp_path: Path) -> None:
     before, now = (Actions(["price"], bounds=[(0.0, high)]) for high in (1.0, 2.0))
     network = build_network(made, BEFORE, before)
     write_bundle(tmp_path / "bundle", network, made, BEFORE, before, PolicyHead(), {})
-    with pytest.raises(IncompatibleError, match=r"bounds \[\(0.0, 1.0\)\], .*\[\(0.0, 2.0\)\]. Set actionBounds"):
+    with pytest.raises(IncompatibleError, match=r"bounds {'price': \(0.0, 1.0\)}, .*\(0.0, 2.0\)}. Set actionBounds"):
         check_compatible(str(tmp_path / "bundle"), BEFORE, now)
 
 

@@ -132,7 +132,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, write_stages: Callable[...,
 
 
 def started(
-    stages: Path, output: Path, workers: int = 1, spec: JobSpec = SPEC, **training: Any
+    stages: Path, output: Path, workers: int = 1, spec: JobSpec = SPEC, program: str = "", **training: Any
 ) -> list[subprocess.Popen[bytes]]:
     """Worker processes as torchrun starts them."""
     output.mkdir(exist_ok=True)
@@ -140,9 +140,10 @@ def started(
     (output / "job.json").write_text(spec.model_dump_json(by_alias=True))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = free.getsockname()[1] if workers > 1 else 0
     command = [
-        sys.executable, "-m", "components.training.worker", "--job", output / "job.json",
+        sys.executable, *(["-c", program] if program else ["-m", "components.training.worker"]),
+        "--job", output / "job.json",
         "--columns", stages / "columns", "--normalization", stages / "normalization", "--output", output,
     ]  # fmt: skip
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
@@ -225,17 +226,25 @@ def test_scores_of_a_clone_are_not_held_against_returns(stages: Path, tmp_path: 
     assert not any("mc_loss" in line for line in lines)
 
 
+KILLED = """
+import os, signal
+from components.training import worker
+save_checkpoint = worker.save_checkpoint
+def save_and_die(*arguments):
+    save_checkpoint(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+worker.save_checkpoint = save_and_die
+worker.main()
+"""
+
+
 def test_a_killed_worker_s_successor_ends_where_it_would_have_ended(
     stages: Path, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    (victim,) = started(stages, tmp_path)
-    while not (checkpoints := list((tmp_path / CHECKPOINTS).glob("[0-9]*"))) and victim.poll() is None:
-        time.sleep(0.001)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait(10) == -signal.SIGKILL
-    finished = max(int(path.name) for path in checkpoints) // SPEC.training.steps_per_epoch
-    assert 1 <= finished < 4
-    (tmp_path / "epochs" / f"{finished + 1:03}").mkdir(exist_ok=True)  # as if it was killed while it wrote
+    (victim,) = started(stages, tmp_path, program=KILLED)
+    assert victim.wait(240) == -signal.SIGKILL
+    assert [int(path.name) for path in (tmp_path / CHECKPOINTS).glob("[0-9]*")] == [SPEC.training.steps_per_epoch]
+    (tmp_path / "epochs" / "002").mkdir(exist_ok=True)  # as if it was killed while it wrote
     resumed = trained(stages, tmp_path)
     for name, weights in alone[1].items():
         torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
