@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from pyspark.sql import SparkSession
 
+CLASSES = Path(sys.prefix) / "spark.jsa"
+"""What Spark loads at its start, for the JVM to map: `scripts/spark_classes.py` makes it, another JVM ignores it."""
 USER = 65532
 DRIVER_PORT, BLOCK_MANAGER_PORT = 7078, 7079
 
@@ -37,7 +39,7 @@ def spark_session(name: str) -> Iterator[SparkSession]:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.driver.memory": os.environ.get("SPARK_DRIVER_MEMORY", "2g"),
-        "spark.driver.extraJavaOptions": "-Duser.timezone=UTC",
+        "spark.driver.extraJavaOptions": " ".join(["-Duser.timezone=UTC", *_mapped_classes()]),
         # A column of continuous numbers is no dictionary, and Parquet should see that soon: it tries one for each of
         # hundreds of columns, by default up to a mebibyte.
         "spark.hadoop.parquet.dictionary.page.size": str(64 * 1024),
@@ -71,6 +73,13 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     finally:
         if not running:
             session.stop()
+
+
+def _mapped_classes() -> list[str]:
+    """JVM options; what it says of an archive that it cannot use must not come among a command's output."""
+    if not CLASSES.exists():
+        return []
+    return [f"'-XX:SharedArchiveFile={CLASSES}'", "-Xlog:disable", "-Xlog:all=warning:stderr"]
 
 
 def executor_settings(environment: Mapping[str, str], template: Path) -> dict[str, str]:

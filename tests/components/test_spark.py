@@ -1,13 +1,15 @@
 """How Spark is told to run its executors as pods."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from components.spark import executor_settings
+from components.spark import CLASSES, executor_settings
 
 ENVIRONMENT = {
     "BLUEWHALE_NAMESPACE": "rl",
@@ -37,6 +39,14 @@ def settings(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def template(settings: dict[str, str]) -> dict[str, Any]:
     return yaml.safe_load(Path(settings["spark.kubernetes.executor.podTemplateFile"]).read_text())
+
+
+@pytest.mark.skipif(not CLASSES.exists(), reason="`make install` has kept no classes")
+def test_a_local_jvm_maps_the_classes_that_were_kept() -> None:
+    maps = "from components.spark import *; from pyspark import SparkContext\nwith spark_session('x'):\n"
+    maps += " print(open(f'/proc/{SparkContext._gateway.proc.pid}/maps').read())"
+    done = subprocess.run([sys.executable, "-c", maps], capture_output=True, text=True, check=True)
+    assert str(CLASSES) in done.stdout
 
 
 def test_executors_are_the_stage_s_pod_s_own(settings: dict[str, str]) -> None:
