@@ -89,7 +89,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # A third of the time that a stage on little data takes is Java loading Spark's classes.
 .make/spark-classes: $(VENV)/.installed scripts/spark_classes.py | .make/system
 	@echo "Keep Spark's classes, so that later starts are faster"
-	@PYTHONPATH=$(CURDIR) $(BIN)/python scripts/spark_classes.py 2> .make/spark-classes.log || { cat .make/spark-classes.log; exit 1; }
+	@PYTHONPATH='$(CURDIR)' $(BIN)/python scripts/spark_classes.py 2> .make/spark-classes.log || { cat .make/spark-classes.log; exit 1; }
 	@touch $@
 
 # The compiled pipeline must be readable by the minor release before, too.

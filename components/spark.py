@@ -79,7 +79,7 @@ def _mapped_classes() -> list[str]:
     """JVM options; what it says of an archive that it cannot use must not come among a command's output."""
     if not CLASSES.exists():
         return []
-    return [f"'-XX:SharedArchiveFile={CLASSES}'", "-Xlog:disable", "-Xlog:all=warning:stderr"]
+    return [f"'-XX:SharedArchiveFile={CLASSES}'", "-Xlog:all=off:stdout", "-Xlog:all=warning:stderr"]
 
 
 def executor_settings(environment: Mapping[str, str], template: Path) -> dict[str, str]:

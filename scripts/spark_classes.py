@@ -22,10 +22,14 @@ EXAMPLE = Path(__file__).parents[1] / "manifests" / "examples" / "cartpole.yaml"
 def main() -> None:
     spec = load_job(EXAMPLE).spec
     # A JVM that maps half of a file crashes: it has its name when it is whole.
-    unfinished = CLASSES.with_name(f".{CLASSES.name}")
+    unfinished = CLASSES.with_name(f".{CLASSES.name}.{os.getpid()}")
     CLASSES.unlink(missing_ok=True)
+    # Java keeps no classes where there are directories among its class path.
+    for variable in ("SPARK_CONF_DIR", "HADOOP_CONF_DIR", "YARN_CONF_DIR"):
+        os.environ.pop(variable, None)
+    os.environ["SPARK_MASTER"] = "local[*]"
     quiet = "-Xlog:disable -Xlog:all=error:stderr"  # some classes cannot be kept, which it would tell one by one
-    os.environ["SPARK_SUBMIT_OPTS"] = f"-XX:TieredStopAtLevel=1 -XX:ArchiveClassesAtExit={unfinished} {quiet}"
+    os.environ["SPARK_SUBMIT_OPTS"] = f"-XX:TieredStopAtLevel=1 '-XX:ArchiveClassesAtExit={unfinished}' {quiet}"
     with tempfile.TemporaryDirectory() as work:
         place = Path(work)
         write_log(spec, place / "log")
@@ -38,6 +42,7 @@ def main() -> None:
     if whole:
         unfinished.rename(CLASSES)
     else:
+        unfinished.unlink(missing_ok=True)
         print("This Java keeps no classes; stages start without.")
 
 
