@@ -86,7 +86,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# A third of the time that a stage on little data takes is Java loading Spark's classes.
+# A quarter to a third of what a stage on little data takes is Java loading Spark's classes.
 .make/spark-classes: $(VENV)/.installed scripts/spark_classes.py | .make/system
 	@echo "Keep Spark's classes, so that later starts are faster"
 	@PYTHONPATH='$(CURDIR)' $(BIN)/python scripts/spark_classes.py 2> .make/spark-classes.log || { cat .make/spark-classes.log; exit 1; }
